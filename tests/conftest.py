@@ -1,0 +1,91 @@
+"""Shared by all tests: the import path, markers, and ways to run a script or a function as a user would."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SDSSL_TEST_DATA", ROOT.parent / "shared" / "data"))  # MNIST, CIFAR-10, photographs, where present
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # deprecated calls in our own modules are errors
+    modules = "common|sdssl|simdis|rrkd|ibot_rkd|d2v_kd|eval_linear|eval_knn"
+    for category in ("FutureWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}:({modules})")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def run_script(script, *arguments, processes=1, cwd=ROOT, timeout=600, threads=None):
+    """Runs a script as a user would, under torchrun for several processes -> the finished process, with text output."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or max(1, 2 // processes)), "TQDM_DISABLE": "0"}
+    return subprocess.run([*command, script, *map(str, arguments)], cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_one_line_error(result, *patterns):
+    """Exit code 2, no traceback, and one line on stderr that says `error: ...` and matches every pattern."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr and "Traceback" not in result.stdout, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line and "it/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), (pattern, lines[0])
+
+
+def _join_and_call(number, processes, address, function, arguments, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=number, world_size=processes)
+    torch.save(function(number, *arguments), f"{results}/{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """in_processes(n, function, *arguments): calls function(rank, *arguments) in n gloo processes -> list of results."""
+
+    def call(processes, function, *arguments):
+        folder = tmp_path / f"group{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        mp.spawn(_join_and_call, (processes, f"file://{folder}/meeting", function, arguments, str(folder)), nprocs=processes)
+        return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(processes)]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def photos():
+    folder = SHARED / "photos"
+    if not folder.is_dir():
+        pytest.skip(f"no photographs in {folder}")
+    return folder
