@@ -12,6 +12,7 @@ Two ideas carry the promises made in the README.
 """
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -60,7 +62,7 @@ def run(main) -> None:
     except InputError as error:
         # an error raised in a loader's worker arrives behind its traceback: the last line is ours
         line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-        print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
+        tqdm.write(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -70,10 +72,7 @@ _signal_received = []
 
 
 def setup(args) -> torch.device:
-    """Joins torchrun's process group if there is one, settles device, dtype and compile in `args`, and seeds the weights.
-
-    SIGTERM and SIGINT no longer kill: `Run.after_step` sees them, saves and exits.
-    """
+    """Joins torchrun's process group if there is one, settles device, dtype and compile in `args`, and seeds the weights."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(args.device, lambda: True)():
@@ -91,8 +90,6 @@ def setup(args) -> torch.device:
     if args.dtype != "fp32":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: _signal_received.append(received))
     return device
 
 
@@ -102,16 +99,18 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, types[dtype], enabled=dtype != "fp32")
 
 
+def _raised(x):
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def fp32(loss):
     """Decorator: the function runs outside autocast, its half-precision tensors raised to fp32 first."""
 
     @functools.wraps(loss)
     def in_fp32(*args, **kwargs):
-        def raised(x):
-            return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
-
-        with torch.autocast(args[0].device.type, enabled=False):
-            return loss(*map(raised, args), **{name: raised(x) for name, x in kwargs.items()})
+        device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*map(_raised, args), **{name: _raised(x) for name, x in kwargs.items()})
 
     return in_fp32
 
@@ -168,16 +167,13 @@ class ImageData:
 def read_image(path) -> Tensor:
     """Decodes one file to uint8 (3, H, W). Raises InputError, naming the file, where it cannot be decoded whole."""
     try:
-        return torchvision.io.decode_image(str(path), mode=torchvision.io.ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
-        from PIL import Image  # the formats that torchvision does not decode
-
-        try:
-            with Image.open(path) as image:
-                return tv.pil_to_tensor(image.convert("RGB"))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"cannot read image {path} ({reason}): replace or delete the file") from None
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return tv.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read image {path} ({reason}): replace or delete the file") from None
 
 
 def find_images(folder: Path) -> list[str]:
@@ -208,7 +204,8 @@ def read_folder(folder: Path, class_folders: bool, classes: list | None = None) 
     # small images of one size are decoded once and live in memory; the first few tell
     shapes = {read_image(path).shape for path in paths[:8]}
     if len(shapes) == 1 and max(*shapes) <= SMALL and len(paths) * math.prod(*shapes) <= MEMORY_LIMIT:
-        images = [read_image(path) for path in tqdm(paths, f"reading {folder.name}", leave=False, disable=rank() > 0)]
+        with tqdm(paths, f"reading {folder.name}", leave=False, disable=rank() > 0) as bar:  # closed before an error is printed
+            images = [read_image(path) for path in bar]
         if len({image.shape for image in images}) == 1:
             data.images = torch.stack(images)  # (N, 3, H, W)
     return data
@@ -422,7 +419,7 @@ def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
 
 
 class ViewLoader:
-    """Iterates over training steps start ... stop, yielding (step, views, index).
+    """`steps(start, stop)` iterates over training steps, yielding (step, views, index).
 
     views: one normalised tensor (B, 3, S, S) on the device for each `View`; index (B,): rows of `data`. B is this
     process's share of the global batch. An epoch is a permutation of the data, its last incomplete batch left out.
@@ -430,13 +427,13 @@ class ViewLoader:
     `waited` is the number of seconds spent waiting for data so far.
     """
 
-    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, start=0, stop=0, num_workers=0):
+    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers=0):
         if batch_size % world_size():
             raise InputError(f"--batch_size {batch_size} does not divide by {world_size()} processes")
         if len(data) < batch_size:
             raise InputError(f"{len(data)} images are fewer than --batch_size {batch_size}: lower it or add images")
-        self.data, self.views, self.batch_size, self.seed, self.device = data, views, batch_size, seed, device
-        self.start, self.stop, self.num_workers = start, stop, num_workers
+        self.data, self.views, self.batch_size, self.seed = data, views, batch_size, seed
+        self.device, self.num_workers = torch.device(device), num_workers
         self.rows = local_rows(batch_size)  # settled here: a worker has no process group to ask
         self.steps_per_epoch = len(data) // batch_size
         self.waited = 0.0
@@ -466,14 +463,14 @@ class ViewLoader:
                 for image, box in zip(images, boxes, strict=True)]))  # (B, 3, S, S)
         return crops
 
-    def __iter__(self):
+    def steps(self, start: int, stop: int):
         if self.data.images is None:
             from_files = iter(torch.utils.data.DataLoader(
-                self, batch_size=None, sampler=range(self.start, self.stop), num_workers=self.num_workers,
-                pin_memory=self.device.type == "cuda"))
+                self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
+                pin_memory=self.device.type == "cuda", generator=torch.Generator()))
         else:
             self.data.images = self.data.images.to(self.device)
-        for step in range(self.start, self.stop):
+        for step in range(start, stop):
             began = time.perf_counter()
             index = self.index(step)
             if self.data.images is None:
@@ -502,7 +499,8 @@ def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_w
             yield normalize(x, mean, std)
         return
     crops = _CentreCrops(data.paths, size)
-    for x in torch.utils.data.DataLoader(crops, batch_size, sampler=rows.tolist(), num_workers=num_workers):
+    for x in torch.utils.data.DataLoader(crops, batch_size, sampler=rows.tolist(), num_workers=num_workers,
+                                         generator=torch.Generator()):  # its own, so that nothing else is disturbed
         yield normalize(x.to(device).float() / 255, mean, std)
 
 
@@ -714,7 +712,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 class TimmBackbone(nn.Module):
-    """Any timm model behind the same call; `layers` wants a timm ViT. Its state dict is timm's own."""
+    """Any timm model behind the same call; `layers` wants one of its ViTs. `model` holds the weights, with timm's keys."""
 
     def __init__(self, name: str, img_size: int | None, pretrained: bool):
         super().__init__()
@@ -724,24 +722,20 @@ class TimmBackbone(nn.Module):
             raise InputError(f"timm has no model {name!r}: timm.list_models() names them")
         size = {"img_size": img_size} if img_size and name.startswith(("vit", "deit", "beit")) else {}
         try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
         except Exception as error:
             raise InputError(f"cannot make timm/{name} ({' '.join(str(error).split())[:160]})") from None
-        data = timm.data.resolve_model_data_config(model)
-        self.__dict__["model"] = model  # its modules are registered below, so that the keys are timm's
-        for child_name, child in model.named_children():
-            self.add_module(child_name, child)
-        for tensor_name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(tensor_name, parameter)
-        self.embed_dim, self.mean, self.std, self.img_size = model.num_features, data["mean"], data["std"], data["input_size"][1]
+        data = timm.data.resolve_model_data_config(self.model)
+        self.mean, self.std, self.img_size = data["mean"], data["std"], data["input_size"][1]
+        self.embed_dim = self.model.num_features
+        self.layer_dims = [self.embed_dim] * len(getattr(self.model, "blocks", [None]))
 
     def forward(self, x: Tensor, layers: bool = False):
         if not layers:
             return self.model(x)
         if not hasattr(self.model, "get_intermediate_layers"):
-            raise InputError("--layers all of a timm model needs one of its ViTs")
-        L = len(self.model.blocks)
-        outputs = self.model.get_intermediate_layers(x, n=L, return_prefix_tokens=True, norm=True)
+            raise InputError("the layers of a timm model are to be had from its ViTs only")
+        outputs = self.model.get_intermediate_layers(x, n=len(self.layer_dims), return_prefix_tokens=True, norm=True)
         return [prefix[:, 0] for _, prefix in outputs]  # L of (B, D)
 
 
@@ -804,7 +798,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hand the same one to other tensors
         dist.all_reduce(gradient)  # what every process asks of every row
         return gradient[rank() * ctx.rows :][: ctx.rows]
 
@@ -840,7 +834,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        y = x.float()
+        y = _raised(x)
         over = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         variances, means = gather(torch.stack(torch.var_mean(y, over, correction=0))[None]).unbind(1)  # (W, C) each
@@ -861,8 +855,10 @@ def distributed(model: nn.Module) -> nn.Module:
     """DistributedDataParallel where there are several processes: gradients averaged, buffers left alone."""
     if world_size() == 1:
         return model
+    ddp = nn.parallel.DistributedDataParallel
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+    return ddp(model, devices, gradient_as_bucket_view=True, **{buffers: False})  # the second name is that of torch < 2.13 or so
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -878,6 +874,9 @@ def save_file(content, path: Path) -> None:
     os.replace(temporary, path)
 
 
+WEIGHT_KEYS = ("student", "teacher", "state_dict", "model")  # under one of these, or bare, a checkpoint keeps its weights
+
+
 def read_checkpoint(path) -> dict:
     """Tensors and plain containers of a file, on the CPU. Raises InputError with what to do for anything else."""
     if not Path(path).is_file():
@@ -889,10 +888,12 @@ def read_checkpoint(path) -> dict:
             raise InputError(
                 f"{path} holds pickled Python objects beside its tensors, and loading those can run code; where you trust it, "
                 f"convert it once: python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
-                f"c.pop('args', None); torch.save(c, 'clean.pth')\"") from None
+                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or hasattr(v, 'shape')}}, 'clean.pth')\"") from None
         raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
+    if not all(isinstance(key, str) for key in checkpoint):
+        raise InputError(f"{path} is not a checkpoint: the keys of its dictionary are not names")
     return checkpoint
 
 
@@ -906,11 +907,11 @@ def backbone_weights(checkpoint: dict, network: str | None = None) -> dict:
     if network and network not in checkpoint and {"student", "teacher"} & set(checkpoint):
         raise InputError(f"the checkpoint has no {network} network: pass --network with the one that it has")
     wanted = [network] if network else ["teacher", "student"]
-    for key in (*wanted, "state_dict", "model"):
+    for key in (*wanted, *WEIGHT_KEYS[2:]):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     encoder = "momentum_encoder." if network == "teacher" else "base_encoder."
-    for prefix in ("module.", "_orig_mod.", encoder, "backbone."):  # a prefix that is there marks what belongs to us
+    for prefix in ("module.", "_orig_mod.", encoder, "backbone.", "model."):  # a prefix that is there marks what belongs to us
         if any(key.startswith(prefix) for key in checkpoint):
             checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items() if key.startswith(prefix)}
     heads = ("head.", "head_dist.", "fc.", "pre_logits.", "mask_token", "masked_embed")
@@ -918,7 +919,8 @@ def backbone_weights(checkpoint: dict, network: str | None = None) -> dict:
 
 
 def load_weights(model: nn.Module, weights: dict, source) -> None:
-    """Loads a state dict, of which only a mask token may be absent. Positions of another grid come with their grid."""
+    """Loads a backbone's state dict, of which only a mask token may be absent. Positions of another grid bring their grid."""
+    model = model.model if isinstance(model, TimmBackbone) else model
     ours = model.state_dict()
     missing = [key for key in ours if key not in weights and key != "mask_token"]
     unexpected = [key for key in weights if key not in ours]
@@ -946,11 +948,14 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
     random weights, or timm's pretrained ones for `timm/NAME`.
     """
     content = read_checkpoint(checkpoint) if checkpoint else {}
-    meta = dict(content.get("meta", {}))
+    meta = content.get("meta")
+    meta = dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}  # others keep a "meta" too
     if not meta and not arch:
         raise InputError(f"{checkpoint or 'without --checkpoint, this'} does not say its architecture: pass --arch (and --patch_size)")
     if meta and arch and arch != meta["backbone"]["arch"]:
         raise InputError(f"{checkpoint} holds a {meta['backbone']['arch']}, not --arch {arch}")
+    if meta and patch_size and patch_size != meta["backbone"].get("patch_size"):
+        raise InputError(f"{checkpoint} has patches of {meta['backbone'].get('patch_size')} pixels, not --patch_size {patch_size}")
     options = meta.get("backbone") or dict(arch=arch, img_size=img_size or (None if arch.startswith("timm/") else 224),
                                            patch_size=patch_size or 16)
     backbone = create_backbone(**options, pretrained=not checkpoint)
@@ -975,13 +980,14 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     rows = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
     padded = torch.arange(math.ceil(len(rows) / world_size()) * world_size()) % len(rows)
     mine = rows[padded][local_rows(len(padded))]
-    was_training, collected = backbone.training, []
+    modes, collected = [(module, module.training) for module in backbone.modules()], []
     backbone.eval()
     for x in eval_batches(data, mine, size, device, batch_size, num_workers, mean, std):
         with autocast(device, dtype):
             features = backbone(x, layers=layers)
         collected.append([f.float() for f in (features if layers else [features])])
-    backbone.train(was_training)
+    for module, training in modes:
+        module.training = training
     return [gather(torch.cat(parts))[: len(rows)].cpu() for parts in zip(*collected, strict=True)]
 
 
@@ -1045,29 +1051,33 @@ class Run:
         self.args, self.total, self.steps_per_epoch = args, total_steps, steps_per_epoch
         self.folder = Path(args.output_dir)
         self.checkpoint = None
-        found = (self.folder / "checkpoint.pth").is_file()
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts started us again
-        if (args.resume or restarted) and found:
-            self.checkpoint = read_checkpoint(self.folder / "checkpoint.pth")
-            then = self.checkpoint["args"]
+        path = self.folder / "checkpoint.pth"
+        resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
+        if resume and path.is_file():
+            self.checkpoint = read_checkpoint(path)
+            then = self.checkpoint.get("args", {})
             changed = [f"--{name} was {then.get(name)}" for name, value in plain(vars(args)).items()
                        if name not in self.FREE and then.get(name) != value]
             if changed:
-                raise InputError(f"cannot resume {self.folder} with other settings ({', '.join(changed)}); use another --output_dir")
-        elif (found or (self.folder / "log.jsonl").is_file()) and not (args.overwrite or args.resume or restarted):
+                raise InputError(f"cannot resume {path} with other settings ({', '.join(changed[:3])}); use another --output_dir")
+        elif not (resume or args.overwrite) and (path.is_file() or any("loss" in record for record in self.records())):
             raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite or another --output_dir")
         self.start = self.checkpoint["step"] if self.checkpoint else 0
         self.stop = min(total_steps, args.max_steps or total_steps)
         self.first_bad = None
+        for number in (signal.SIGTERM, signal.SIGINT):  # from here on they do not kill: `after_step` sees them, saves and exits
+            signal.signal(number, lambda received, frame: _signal_received.append(received))
         barrier()  # no process writes before all have looked
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept = [record for record in self.records() if record.get("step", 0) <= self.start] if self.checkpoint else []
+            kept = [record for record in self.records() if record["step"] <= self.start] if self.checkpoint else []
             if not self.checkpoint:
-                (self.folder / "checkpoint.pth").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             (self.folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.bar = tqdm(total=self.stop, initial=self.start, unit="step", disable=rank() > 0, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 10)
+        if self.start >= self.stop:
+            log(f"{self.folder} is already at step {self.start}: nothing is left to do")
         self.clock, self.clock_step, self.clock_waited = time.perf_counter(), self.start, 0.0
 
     def records(self) -> list[dict]:
@@ -1139,10 +1149,15 @@ class Run:
         stopping = bool(_signal_received)
         if world_size() > 1:  # a signal reaches the processes at different steps: they agree where they log
             stopping = self.log_now(step) and mean_over_processes(torch.tensor(float(stopping), device=self.first_bad.device)).item() > 0
-        if knn and (done or (args.knn_every and ended and ended % args.knn_every == 0)):
+        paused = time.perf_counter()
+        check_knn = done or (args.knn_every and ended and ended % args.knn_every == 0)
+        if knn and check_knn:
             self.record_knn(step + 1, knn())
         if done or stopping or (args.save_every and ended and ended % args.save_every == 0):
             self.save(step + 1, state())
+        if rank() == 0 and (check_knn or stopping):
+            self.draw_curves()
+        self.clock += time.perf_counter() - paused  # speed is the steps' own
         if stopping:
             self.bar.close()
             log(f"signal received: saved {self.folder / 'checkpoint.pth'} at step {step + 1}; continue with --resume")
@@ -1156,13 +1171,12 @@ class Run:
             self.record(step=step, knn=accuracy)
 
     def save(self, step: int, state: dict) -> None:
-        """Writes the checkpoint, the bare backbone and the curves, unless a loss was not finite."""
+        """Writes the checkpoint and the bare backbone, unless a loss was not finite."""
         self.check()
         if rank() == 0:
             backbone = backbone_weights({"meta": state["meta"], **{n: state[n] for n in ("student", "teacher") if n in state}})
             save_file({**state, "step": step, "args": plain(vars(self.args))}, self.folder / "checkpoint.pth")
             save_file(backbone, self.folder / "backbone.pth")
-            self.draw_curves()
         barrier()
 
     def draw_curves(self) -> None:

@@ -1,0 +1,682 @@
+"""sdssl.py: losses against loops written from the equations, the promises P1-P10 for all six methods, every ablation flag."""
+import copy
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, assert_one_line_error, read_log, run_script
+
+import common
+import sdssl
+
+METHODS = [(framework, sd) for framework in ("mocov3", "byol", "simclr") for sd in (True, False)]
+TINY = ["--batch_size", "32", "--hidden", "32", "--isd_hidden", "16", "--log_every", "1", "--knn_every", "0", "--num_workers", "0",
+        "--epochs", "2", "--warmup_epochs", "0.1"]
+
+
+@pytest.fixture(autouse=True)
+def signals_stay():
+    """A run in this process takes over SIGTERM and SIGINT: give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def bare_runs(monkeypatch):
+    """Runs in this process draw no curves and check no k-NN, which take longer than their few steps; the subprocesses do."""
+    monkeypatch.setattr(common.Run, "draw_curves", lambda self: None)
+    monkeypatch.setattr(sdssl, "knn_accuracy", lambda *arguments, **options: None)
+
+
+def arguments(folder, *extra):
+    return sdssl.parse_arguments([*TINY, "--device", "cpu", "--output_dir", str(folder), *map(str, extra)])
+
+
+def train(folder, *extra):
+    """One run in this process -> its checkpoint."""
+    sdssl.train(arguments(folder, *extra))
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def method_flags(framework, sd):
+    return ["--framework", framework, "--sd" if sd else "--no-sd"]
+
+
+def same(a, b):
+    """Bit-equal nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def cos(a, b):
+    return (a * b).sum() / (a.norm() * b.norm())
+
+
+def naive_contrast(rows, candidates, positives, left_out, tau):
+    """-log softmax of the positive (Eq. 2), row by row, mean."""
+    total = 0
+    for i, row in enumerate(rows):
+        terms = [torch.exp(cos(row, z) / tau) for j, z in enumerate(candidates) if j != left_out[i]]
+        total = total - torch.log(torch.exp(cos(row, candidates[positives[i]]) / tau) / sum(terms))
+    return total / len(rows)
+
+
+def assert_same_value_and_gradient(ours, naive, *inputs):
+    ours_value, naive_value = ours(), naive()
+    torch.testing.assert_close(ours_value, naive_value, rtol=1e-6, atol=1e-8)
+    ours_gradient = torch.autograd.grad(ours_value, inputs)
+    naive_gradient = torch.autograd.grad(naive_value, inputs)
+    assert max(g.abs().max() for g in naive_gradient) > 1e-6
+    torch.testing.assert_close(ours_gradient, naive_gradient, rtol=1e-5, atol=1e-8)
+
+
+def leaf(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("tau", [0.2, 1.0])
+def test_info_nce_equals_eq2(tau):
+    q, z = leaf(5, 7), leaf(5, 7, seed=1)
+    assert_same_value_and_gradient(lambda: sdssl.info_nce(q, z, tau),
+                                   lambda: 2 * tau * naive_contrast(q, z, range(5), [None] * 5, tau), q, z)
+
+
+def test_info_nce_of_layers_and_gathered_candidates():
+    """Three layers, queries of the second of two processes: labels are rank * N + arange(N), shared by the layers."""
+    q, z = leaf(3, 4, 7), leaf(8, 7, seed=1)
+    labels = 4 + torch.arange(4)
+
+    def naive():
+        return sum(2 * 0.2 * naive_contrast(layer, z, labels.tolist(), [None] * 4, 0.2) for layer in q) / 3
+
+    assert_same_value_and_gradient(lambda: sdssl.info_nce(q, z, labels=labels), naive, q, z)
+    flat = q.reshape(12, 7)  # the layer outermost
+    torch.testing.assert_close(sdssl.info_nce(flat, z, labels=labels), naive())
+    torch.testing.assert_close(sdssl.info_nce(q, z[4:]), sdssl.info_nce(flat, z[4:]))
+
+
+def test_info_nce_closed_forms():
+    """Orthogonal candidates: log(1 + (N-1) e^(-1/tau)); equal ones: chance, log N; scale of the inputs does not matter."""
+    z = torch.eye(6)
+    torch.testing.assert_close(sdssl.info_nce(z, z, 0.5), torch.tensor(1 + 5 * math.exp(-2)).log())
+    torch.testing.assert_close(sdssl.info_nce(z, torch.ones(6, 6)), torch.tensor(0.4 * math.log(6)))
+    torch.testing.assert_close(sdssl.info_nce(1000 * z, 0.001 * z), sdssl.info_nce(z, z))
+
+
+def test_regression_loss_equals_eq1():
+    q, z = leaf(5, 7), leaf(5, 7, seed=1)
+    assert_same_value_and_gradient(lambda: sdssl.regression_loss(q, z), lambda: sum(2 - 2 * cos(a, b) for a, b in zip(q, z)) / 5, q, z)
+    layers = leaf(3, 5, 7, seed=2)
+    naive = sum(2 - 2 * cos(a, b) for layer in layers for a, b in zip(layer, z)) / 15
+    torch.testing.assert_close(sdssl.regression_loss(layers, z), naive)
+    torch.testing.assert_close(sdssl.regression_loss(z, -z), torch.tensor(4.0, dtype=torch.float64))
+
+
+def test_nt_xent_equals_simclr():
+    z1, z2 = leaf(4, 7), leaf(4, 7, seed=1)
+
+    def naive():
+        z = [*z1, *z2]
+        return naive_contrast(z, z, [4, 5, 6, 7, 0, 1, 2, 3], range(8), 0.2)
+
+    assert_same_value_and_gradient(lambda: sdssl.nt_xent(z1, z2), naive, z1, z2)
+    torch.testing.assert_close(sdssl.nt_xent(torch.ones(4, 3), torch.ones(4, 3)), torch.tensor(7.0).log())
+
+
+@pytest.mark.parametrize("framework", ["mocov3", "byol", "simclr"])
+def test_terms_of_eq6(framework):
+    """The three terms, over both directions, against Eqs. 1-5 layer by layer."""
+    L, N = 3, 4
+    q1, q2, p1, p2 = (leaf(L, N, 5, seed=i) for i in range(4))
+    z1, z2 = (q1[-1], q2[-1]) if framework == "simclr" else (leaf(N, 5, seed=4), leaf(N, 5, seed=5))
+    if framework == "simclr":
+        p1 = p2 = None
+    losses = sdssl.sdssl_losses(framework, q1, q2, z1, z2, p1, p2)
+
+    def ssl(q, z):
+        return sdssl.regression_loss(q, z) if framework == "byol" else sdssl.info_nce(q, z)
+
+    if framework == "simclr":
+        both, final = [torch.cat([a, b]) for a, b in zip(q1, q2)], torch.cat([q1[-1], q2[-1]]).detach()
+        positives = [4, 5, 6, 7, 0, 1, 2, 3]
+        expected = {"loss_ssl": sdssl.nt_xent(q1[-1], q2[-1]),
+                    "loss_isd": sum(naive_contrast(layer, final, positives, range(8), 0.2) for layer in both[:-1]) / (L - 1)}
+        inputs = (q1, q2)
+    else:
+        z1, z2 = z1.detach(), z2.detach()
+        expected = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1),
+                    "loss_isd": sum(ssl(q1[i], z2) + ssl(q2[i], z1) for i in range(L - 1)) / (L - 1),
+                    "loss_pred": sum(ssl(p1[i], z2) + ssl(p2[i], z1) for i in range(L))}
+        inputs = (q1, q2, p1, p2)
+    assert losses.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name])
+    total, naive = sum(losses.values()), sum(expected.values())
+    torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(naive, inputs))
+
+
+def test_losses_run_in_fp32_under_autocast():
+    q, z = torch.randn(6, 8), torch.randn(6, 8)
+    for loss in (sdssl.info_nce, sdssl.regression_loss, sdssl.nt_xent):
+        with torch.autocast("cpu", torch.bfloat16):
+            under = loss(q.bfloat16(), z.bfloat16())
+        assert under.dtype == torch.float32
+        torch.testing.assert_close(under, loss(q.bfloat16().float(), z.bfloat16().float()), rtol=1e-6, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("in_dims", [[12, 12, 12], [4, 8, 12]])
+@pytest.mark.parametrize("out_norm", [True, False])
+def test_layer_mlp_equals_separate_mlps(in_dims, out_norm):
+    """One batched matmul for all layers = L separate MLPs: outputs, input gradients and running statistics."""
+    torch.manual_seed(0)
+    mlp = sdssl.LayerMLP(in_dims, 10, 6, 3, out_norm)
+    separate = []
+    for l, dim in enumerate(in_dims):
+        parts = [nn.Linear(dim, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 10, bias=False), nn.BatchNorm1d(10),
+                 nn.ReLU(), nn.Linear(10, 6, bias=False)] + [nn.BatchNorm1d(6, affine=False)] * out_norm
+        for linear, weight in zip([parts[0], parts[3], parts[6]], mlp.weights):
+            linear.weight.data = weight[l, :, : linear.in_features].clone()
+        separate.append(nn.Sequential(*parts))
+    inputs = [torch.randn(9, dim, requires_grad=True) for dim in in_dims]
+    ours = mlp(sdssl.stack_layers(inputs))
+    theirs = torch.stack([m(x) for m, x in zip(separate, inputs)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    target = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad((ours * target).sum(), inputs), torch.autograd.grad((theirs * target).sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(mlp.norms[0].running_var.view(3, 10)[1], separate[1][1].running_var)
+
+
+def loss_gradients(framework, name, weights=None):
+    """Gradients of one loss term with respect to every parameter of student and teacher."""
+    torch.manual_seed(0)
+    args = arguments("unused", "--framework", framework, "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4)
+    student, teacher, _ = sdssl.build(args)
+    x1, x2 = torch.randn(2, 8, 3, 16, 16)
+    (q1, p1), (q2, p2) = student(x1), student(x2)
+    if teacher:
+        teacher.requires_grad_(True)  # were it not for the stop-gradient in the loss, gradient would now arrive
+    z1, z2 = (teacher(x1), teacher(x2)) if teacher else (q1[-1], q2[-1])
+    loss = sdssl.sdssl_losses(framework, q1, q2, z1, z2, p1, p2)[name]
+    loss.backward()
+    return student, teacher
+
+
+@pytest.mark.parametrize("framework", ["mocov3", "byol"])
+def test_loss_pred_moves_predictors_only(framework):
+    student, teacher = loss_gradients(framework, "loss_pred")
+    for name, parameter in student.named_parameters():
+        if name.startswith("predictor.weights"):
+            assert parameter.grad is not None and all(layer.abs().max() > 0 for layer in parameter.grad), name
+        elif not name.startswith("predictor."):
+            assert parameter.grad is None, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("framework", ["mocov3", "byol", "simclr"])
+def test_loss_isd_leaves_the_targets_alone(framework):
+    """Eq. 3: no gradient to the teacher; for SimCLR none to the final layer, its projector or the final block."""
+    student, teacher = loss_gradients(framework, "loss_isd")
+    assert teacher is None or all(parameter.grad is None for parameter in teacher.parameters())
+    last = len(student.backbone.blocks) - 1
+    for name, parameter in student.named_parameters():
+        if name.startswith(("projector.", f"backbone.blocks.{last}.")):
+            assert parameter.grad is None or parameter.grad.abs().max() == 0, name
+    assert all(p.grad.abs().max() > 0 for n, p in student.named_parameters() if n.startswith("isd_projector.weights"))
+    assert student.backbone.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
+
+def test_teacher_shares_nothing_and_gets_no_gradient():
+    """P4: separate storage; frozen patch projection in both; the predictor and the lower heads stay with the student."""
+    student, teacher, _ = sdssl.build(arguments("unused", "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4))
+    storages = {p.data_ptr() for p in student.state_dict().values()}
+    assert not storages & {p.data_ptr() for p in teacher.state_dict().values()}
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert {name.split(".")[0] for name in teacher.state_dict()} == {"backbone", "projector"}
+
+
+@pytest.mark.parametrize("framework", ["mocov3", "byol"])
+def test_teacher_is_the_ema_after_a_step(framework, tmp_path):
+    """P4: after one step teacher = m * teacher + (1 - m) * student, and its BatchNorm statistics are its own."""
+    common_flags = ["--framework", framework, "--lr", 0.01, "--momentum", 0.9]
+    torch.manual_seed(0)
+    first = train(tmp_path / "one", *common_flags, "--max_steps", 1)
+    second = train(tmp_path / "two", *common_flags, "--max_steps", 2)
+    steps = 2 * (1437 // 32)
+    m = float(common.cosine_schedule(0.9, 1.0, steps)[1])
+    for name, value in second["teacher"].items():
+        if "running" in name or "num_batches" in name:
+            continue
+        expected = m * first["teacher"][name] + (1 - m) * second["student"][name]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    moved = [n for n, v in second["teacher"].items() if not torch.equal(v, first["teacher"][n])]
+    assert any("blocks" in n for n in moved) and not any("patch_embed" in n for n in moved)
+    assert second["teacher"]["projector.norms.0.num_batches_tracked"] == 4  # two steps of two views
+
+
+# ---------------------------------------------------------------------------------------------- P1: several processes
+
+
+def step_gradients(number, framework, sd, arch):
+    """Loss and gradients of one step on a global batch of 16 digits, from whichever share this process has."""
+    args = arguments("unused", *method_flags(framework, sd), "--arch", arch, "--img_size", 16, "--patch_size", 4)
+    torch.manual_seed(0)
+    student, teacher, _ = sdssl.build(args)
+    dtype = torch.float32 if arch.startswith("vit") else torch.float64
+    for network in filter(None, (student, teacher)):
+        network.to(dtype)
+    model = common.distributed(student)
+    data, _ = common.load_data("digits")
+    views = common.byol_views(16, blur=False)
+    (_, (x1, x2), _), = common.ViewLoader(data, views, 16, 0, "cpu").steps(3, 4)
+    x1, x2 = x1.to(dtype), x2.to(dtype)
+    with torch.no_grad():
+        z1, z2 = (teacher(x1), teacher(x2)) if teacher else (None, None)
+    (q1, p1), (q2, p2) = model(x1), model(x2)
+    losses = sdssl.sdssl_losses(framework, q1, q2, *((z1, z2) if teacher else (q1[-1], q2[-1])), p1, p2)
+    loss = sum(losses.values())
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    statistics = {name: b for name, b in student.named_buffers() if "running" in name}
+    return {"loss": common.mean_over_processes(loss), "gradients": gradients, "statistics": statistics}
+
+
+@pytest.mark.parametrize("framework,sd,arch", [(*method, "vit_nano") for method in METHODS] + [("mocov3", True, "resnet18"), ("simclr", True, "resnet18")])
+def test_world_size_does_not_matter(framework, sd, arch, in_processes):
+    """P1: two processes with 8 images each = one with 16: loss, gradients, BatchNorm statistics, 1e-5 relative in fp32.
+
+    The ResNet is compared in fp64, closer: in fp32 its gradient is 2e-3 from its own fp64 value, whatever the processes.
+    """
+    tolerance = 1e-5 if arch.startswith("vit") else 1e-10
+    alone = step_gradients(0, framework, sd, arch)
+    both = in_processes(2, step_gradients, framework, sd, arch)
+    scale = torch.cat([g.flatten() for g in alone["gradients"].values()]).norm()
+    assert len(alone["gradients"]) > 10
+    for one in both:
+        torch.testing.assert_close(one["loss"], alone["loss"], rtol=1e-5, atol=0)
+        assert one["gradients"].keys() == alone["gradients"].keys()
+        difference = torch.cat([(one["gradients"][n] - g).flatten() for n, g in alone["gradients"].items()]).norm()
+        assert difference / scale < tolerance
+        for name, value in alone["statistics"].items():
+            torch.testing.assert_close(one["statistics"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("framework", ["mocov3", "simclr"])
+def test_torchrun_gives_the_same_trace(framework, tmp_path):
+    """P1 from the command line: the logged losses of two processes are those of one."""
+    for processes in (1, 2):
+        result = run_script("sdssl.py", *TINY, "--framework", framework, "--max_steps", 4, "--output_dir", tmp_path / str(processes), processes=processes)
+        assert result.returncode == 0, result.stderr
+    one, two = (read_log(tmp_path / str(processes)) for processes in (1, 2))
+    assert len(one) == len(two) == 6  # four steps and two k-NN checks
+    for a, b in zip(one, two):
+        for name in a.keys() & {"loss", "loss_ssl", "loss_isd", "loss_pred", "knn"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_vit_small_on_two_processes(tmp_path):
+    result = run_script("sdssl.py", "--arch", "vit_small", "--max_steps", 3, "--batch_size", 64, "--output_dir", tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert [r["step"] for r in read_log(tmp_path) if "loss" in r] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------- P2, P3: exact repeats
+
+
+@pytest.mark.parametrize("framework,sd", METHODS)
+def test_resume_is_exact_and_seeds_count(framework, sd, tmp_path):
+    """P2 and P3: 3 steps, stop, resume, 3 steps = 6 steps, bit for bit, across an epoch's end; another seed differs."""
+    flags = [*method_flags(framework, sd), "--batch_size", 359, "--patch_size", 8]  # four steps an epoch
+    whole = train(tmp_path / "whole", *flags, "--max_steps", 6)
+    train(tmp_path / "parts", *flags, "--max_steps", 3)
+    parts = train(tmp_path / "parts", *flags, "--max_steps", 6, "--resume")
+    whole["args"] = parts["args"] = None
+    assert same(whole, parts)
+    timing = {"images_per_s", "data_wait"}
+    traces = [[{k: v for k, v in record.items() if k not in timing} for record in read_log(tmp_path / name) if "loss" in record]
+              for name in ("whole", "parts")]
+    assert traces[0] == traces[1] and len(traces[0]) == 6
+    other = train(tmp_path / "seed", *flags, "--max_steps", 6, "--seed", 1)
+    assert not same(whole["student"], other["student"])
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Class folders with images of several sizes, so that they are decoded by workers."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def test_workers_do_not_matter(image_folder, tmp_path):
+    """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
+    flags = ["--data", image_folder, "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8, "--batch_size", 8, "--epochs", 4]
+    a = train(tmp_path / "a", *flags, "--max_steps", 5, "--num_workers", 0)
+    train(tmp_path / "b", *flags, "--max_steps", 2, "--num_workers", 2)
+    b = train(tmp_path / "b", *flags, "--max_steps", 5, "--num_workers", 1, "--resume")
+    a["args"] = b["args"] = None
+    assert same(a, b)
+
+
+# ------------------------------------------------------------------------------------------- P5, P6: runs in the wild
+
+
+def test_two_files_in_an_empty_folder_run(tmp_path):
+    """P5."""
+    for name in ("common.py", "sdssl.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    result = run_script("sdssl.py", "--max_steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "runs/sdssl").iterdir()) == ["backbone.pth", "checkpoint.pth", "curves.png", "log.jsonl"]
+    assert "k-NN top-1" in result.stdout and "chance level" in result.stdout
+    assert "loss" in result.stderr and "img/s" in result.stderr and "lr" in result.stderr  # P9: the bar
+    assert all(0 <= record["data_wait"] <= 1 for record in read_log(tmp_path / "runs/sdssl") if "loss" in record)
+    again = run_script("sdssl.py", "--max_steps", 2, cwd=tmp_path)
+    assert_one_line_error(again, "already holds a run", "--resume")
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path, capsys):
+    """P6: the step and the term are named, exit code 1, and the checkpoint is the one from before."""
+    train(tmp_path, "--max_steps", 3)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    checkpoint["student"]["isd_projector.weights.0"][0, 0, 0] = math.nan
+    common.save_file(checkpoint, tmp_path / "checkpoint.pth")
+    poisoned = (tmp_path / "checkpoint.pth").read_bytes()
+    assert before != poisoned
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, "--max_steps", 40, "--resume", "--log_every", 7)
+    assert stopped.value.code == 1
+    assert re.search(r"loss_(isd|pred) was not finite at step 4|loss was not finite at step 4", capsys.readouterr().out)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == poisoned
+
+
+@pytest.mark.parametrize("features,collapsed", [(torch.ones(16, 8) + 1e-3 * torch.randn(16, 8), True),
+                                                (torch.randn(16, 1) * torch.randn(1, 8), True), (torch.randn(16, 8), False)])
+def test_collapse_is_named(features, collapsed, tmp_path, capsys):
+    """P6: one point and one line are named, in print and in the log; an even spread is not."""
+    args = arguments(tmp_path, "--epochs", 1)
+    job = common.Run(args, 4, 2)
+    job.log_step(0, {"loss": torch.tensor(1.0)}, 0.0, features=features, lr=0.1)
+    assert ("collapse at step 1" in capsys.readouterr().out) == collapsed == ("collapse" in read_log(tmp_path)[-1])
+
+
+def start(folder, *extra, processes=1):
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [])
+    flags = [*TINY, "--epochs", 500, "--batch_size", 64, "--output_dir", folder, *extra]
+    return subprocess.Popen([*command, "sdssl.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(folder, name="checkpoint.pth", seconds=120):
+    deadline = time.time() + seconds
+    while not (folder / name).exists():
+        assert time.time() < deadline, f"no {name}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(number, tmp_path):
+    """P6: SIGTERM and SIGINT save where the run is, say so, and exit with 128 + signal."""
+    process = start(tmp_path, "--save_every", 0)
+    wait_for(tmp_path, "log.jsonl")
+    while len(read_log(tmp_path)) < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "continue with --resume" in output
+    step = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
+    assert step >= 2 and read_log(tmp_path)[-1]["step"] == step
+
+
+def test_kill_and_resume(tmp_path):
+    """P6: kill -9 at any moment leaves a whole checkpoint, or none; --resume goes on from it."""
+    for delay in (0.0, 0.3, 0.75):
+        process = start(tmp_path, "--resume")
+        wait_for(tmp_path)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        step = common.read_checkpoint(tmp_path / "checkpoint.pth")["step"]
+        assert step % 22 == 0 and step > 0
+    result = run_script("sdssl.py", *TINY, "--epochs", 500, "--batch_size", 64, "--output_dir", tmp_path, "--resume", "--max_steps", step + 2)
+    assert result.returncode == 0, result.stderr
+    steps = [record["step"] for record in read_log(tmp_path) if "loss" in record]
+    assert steps == list(range(1, step + 3))
+
+
+# ------------------------------------------------------------------------------------------------------ P7: bad input
+
+
+def run_in_process(capsys, *flags):
+    """main() as `python sdssl.py` calls it -> something like a finished process."""
+    with pytest.raises(SystemExit) as stopped:
+        common.run(lambda: sdssl.train(sdssl.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
+    output, error = capsys.readouterr()
+    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+
+
+def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
+    """P7: what is wrong and what to do, exit code 2."""
+
+    def check(*flags, says):
+        assert_one_line_error(run_in_process(capsys, "--output_dir", tmp_path / "run", *flags), *says)
+
+    nano = ["--arch", "vit_nano", "--img_size", 32, "--patch_size", 8]
+    check("--data", tmp_path / "nowhere", says=["nowhere is neither a directory nor one of", "digits"])
+    (tmp_path / "empty").mkdir()
+    check("--data", tmp_path / "empty", says=["no images under", "empty"])
+    check("--data", image_folder, *nano, "--batch_size", 100, says=["24 images are fewer than --batch_size 100"])
+    check("--img_size", 18, says=["18 x 18 is not a multiple of patch size 4"])
+    check("--arch", "vit_giant", says=["unknown --arch vit_giant", "vit_small"])
+    check("--arch", "timm/no_such_model", says=["no model 'no_such_model'"])
+    check("--num_heads", 5, says=["--num_heads 5 does not divide"])
+    check("--isd_every", 4, says=["--isd_every 4 leaves none"])
+    check("--framework", "simclr", "--isd_mlp", 0, says=["--isd_mlp 0 needs predictors"])
+    check("--device", "cuda" if not torch.cuda.is_available() else "mps", says=["not available"])
+    check("--batch_size", 1, says=["--batch_size must be at least 2"])
+    check("--data", "cifar10", "--data_path", tmp_path / "empty", says=["cifar10", "--data_path"])
+
+    (tmp_path / "cut").mkdir()
+    photo = next((image_folder / "train" / "cat").iterdir()).read_bytes()
+    for i in range(8):
+        (tmp_path / "cut" / f"{i}.jpg").write_bytes(photo if i != 5 else photo[: len(photo) // 2])
+    check("--data", tmp_path / "cut", *nano, "--batch_size", 8, says=[r"cannot read image \S*cut/5.jpg", "replace or delete"])
+
+    (tmp_path / "not.pth").write_text("not a checkpoint")
+    check("--init", tmp_path / "not.pth", says=["not a PyTorch checkpoint"])
+    check("--init", tmp_path / "none.pth", says=["no checkpoint file"])
+    torch.save(common.vit_tiny(img_size=16, patch_size=4, depth=4).state_dict(), tmp_path / "tiny.pth")
+    check("--init", tmp_path / "tiny.pth", says=["does not fit this architecture", r"\(1, 1, 192\), expected \(1, 1, 96\)", "--arch"])
+    short = common.vit_nano(img_size=16, patch_size=4).state_dict()
+    del short["blocks.2.mlp.fc1.bias"]
+    torch.save(short, tmp_path / "short.pth")
+    check("--init", tmp_path / "short.pth", says=["1 keys are missing", "blocks.2.mlp.fc1.bias"])
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_resume_with_other_settings_is_refused(tmp_path, capsys):
+    train(tmp_path, "--max_steps", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    result = run_in_process(capsys, "--output_dir", tmp_path, "--resume", "--alpha", 0.5)
+    assert_one_line_error(result, "cannot resume", r"--alpha was 1.0")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    train(tmp_path, "--max_steps", 1, "--overwrite", "--alpha", 0.5)
+
+
+def test_bad_input_from_the_command_line(tmp_path):
+    assert_one_line_error(run_script("sdssl.py", "--data", tmp_path, "--output_dir", tmp_path / "run"), "no images under")
+
+
+def test_a_truncated_image_is_named_through_a_worker(image_folder, tmp_path):
+    shutil.copytree(image_folder / "train", tmp_path / "images")
+    victim = tmp_path / "images" / "dog" / "11.jpg"
+    victim.write_bytes(victim.read_bytes()[:500])
+    result = run_script("sdssl.py", *TINY, "--data", tmp_path / "images", "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8,
+                        "--batch_size", 24, "--num_workers", 2, "--output_dir", tmp_path / "run")
+    assert_one_line_error(result, r"cannot read image \S*dog/11.jpg")
+
+
+# --------------------------------------------------------------------------------------------- P8, P10: what is saved
+
+
+def test_backbone_loads_into_timm(tmp_path):
+    """P10: strict, with equal outputs; the checkpoint itself is plain (P8: every load here is weights_only)."""
+    import timm
+
+    for arch, name in (("vit_tiny", "vit_tiny_patch16_224"), ("vit_small", "vit_small_patch16_224")):
+        checkpoint = train(tmp_path / arch, "--arch", arch, "--max_steps", 1, "--batch_size", 8)
+        theirs = timm.create_model(name, img_size=16, patch_size=4, num_classes=0)
+        theirs.load_state_dict(torch.load(tmp_path / arch / "backbone.pth", weights_only=True), strict=True)
+        ours, meta = common.load_backbone(tmp_path / arch / "checkpoint.pth")
+        assert meta["img_size"] == 16 and meta["backbone"]["arch"] == arch and checkpoint["step"] == 1
+        x = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_resnet_trains_and_loads_into_torchvision(tmp_path):
+    import torchvision
+
+    train(tmp_path, "--arch", "resnet18", "--max_steps", 1, "--img_size", 64, "--batch_size", 4)
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+    ours, _ = common.load_backbone(tmp_path / "checkpoint.pth")
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+def test_init_starts_from_weights(tmp_path):
+    train(tmp_path / "a", "--max_steps", 1)
+    args = arguments(tmp_path / "b", "--init", tmp_path / "a" / "checkpoint.pth", "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4)
+    student, _, _ = sdssl.build(args)
+    saved = torch.load(tmp_path / "a" / "backbone.pth", weights_only=True)
+    assert all(torch.equal(student.backbone.state_dict()[name], value) for name, value in saved.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_every_flag_is_read():
+    """No dead flags: each destination is read as an attribute of args somewhere."""
+    source = (ROOT / "sdssl.py").read_text() + (ROOT / "common.py").read_text()
+    for name in vars(sdssl.parse_arguments([])):
+        assert re.search(rf"\bargs\.{name}\b", source), name
+
+
+def built(*flags):
+    args = arguments("unused", "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4, *flags)
+    return sdssl.build(args)
+
+
+def test_ablations_change_what_they_name():
+    """Tables 5 and 6: the structure of the heads follows the flags."""
+    student, teacher, _ = built()
+    assert student.lower == [0, 1, 2] and len(student.isd_projector.weights) == 3 and len(student.predictor.weights[0]) == 4
+    assert not student.backbone.patch_embed.proj.weight.requires_grad and not student.backbone.pos_embed.requires_grad
+    plain, _, _ = built("--no-sd")
+    assert plain.lower == [] and plain.isd_projector is None and len(plain.predictor.weights[0]) == 1
+    every, _, _ = built("--isd_every", 2)
+    assert every.lower == [1] and len(every.isd_projector.weights[0]) == 1  # of 4 layers: the 2nd, and the final one
+    twelve = sdssl.Student(common.vit_tiny(img_size=16, patch_size=4), "mocov3", isd_every=3, hidden=8, isd_hidden=8)
+    assert twelve.lower == [2, 5, 8]
+    two, _, _ = built("--isd_mlp", 2)
+    assert len(two.isd_projector.weights) == 2 and len(two.projector.weights) == 3
+    none, _, _ = built("--isd_mlp", 0)
+    assert none.isd_projector is None
+    q, p = none(torch.randn(4, 3, 16, 16))
+    assert q.shape == p.shape == (4, 4, 256)
+    assert built("--no-stop_grad_conv1")[0].backbone.patch_embed.proj.weight.requires_grad
+    assert built("--num_heads", 12)[0].backbone.blocks[0].attn.num_heads == 12
+    simclr, no_teacher, _ = built("--framework", "simclr")
+    assert simclr.predictor is None and no_teacher is None
+    byol, _, _ = built("--framework", "byol")
+    assert len(byol.projector.norms) == 2 and len(student.projector.norms) == 3  # hidden only; output too
+
+
+def test_weights_of_the_terms(tmp_path):
+    """alpha rises along half a cosine, or is constant; beta and alpha weigh what they name; tau changes the loss."""
+    total = 2 * (1437 // 32)
+    for name, flags, alpha, beta in (("plain", [], None, 1.0), ("constant", ["--no-anneal", "--alpha", 0.8], 0.8, 1.0),
+                                     ("pred only", ["--alpha", 0], 0.0, 1.0), ("no pred", ["--beta", 0], None, 0.0)):
+        train(tmp_path / name, "--max_steps", 3, *flags)
+        for i, record in enumerate(r for r in read_log(tmp_path / name) if "loss" in r):
+            expected = alpha if alpha is not None else (1 - math.cos(math.pi * i / total)) / 2
+            assert record["alpha"] == pytest.approx(expected, abs=1e-9)
+            assert record["loss"] == pytest.approx(record["loss_ssl"] + expected * record["loss_isd"] + beta * record["loss_pred"], rel=1e-5)
+    train(tmp_path / "tau", "--max_steps", 1, "--tau", 0.5)
+    first, other = read_log(tmp_path / "plain")[1], read_log(tmp_path / "tau")[1]
+    assert other["chance"] == pytest.approx(4 * 0.5 * math.log(32)) and first["loss_ssl"] != other["loss_ssl"]
+
+
+def test_recipes_follow_the_paper():
+    """Sec. 4.1: learning rates, warm-up, epochs, batch, decay, momentum and head widths."""
+    paper = sdssl.RECIPES["imagenet"]
+    assert paper["lr"] == dict(simclr=1.3e-4, byol=1.5e-4, mocov3=1.5e-4) and paper["weight_decay"] == 0.1
+    assert (paper["epochs"], paper["warmup_epochs"], paper["batch_size"], paper["momentum"]) == (300, 40, 1024, 0.996)
+    assert (paper["hidden"], paper["isd_hidden"]) == (4096, 2048)
+    one, two = common.byol_views(224, **paper["views"])
+    assert (one.scale, one.jitter, one.p_jitter, one.grey, one.blur, one.solarize) == ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 1.0, 0.0)
+    assert (two.blur, two.solarize, two.flip) == (0.1, 0.2, 0.5)
+    assert {recipe.keys() ^ paper.keys() == set() for recipe in sdssl.RECIPES.values()} == {True}
+
+
+def test_photographs_at_224(photos, tmp_path):
+    """An unlabelled flat folder at 224 pixels: trains, and says nothing of k-NN."""
+    train(tmp_path, "--data", photos, "--arch", "vit_tiny", "--batch_size", 8, "--max_steps", 1, "--num_workers", 2)
+    assert not any("knn" in record for record in read_log(tmp_path))
+
+
+def test_compile_and_low_precision_run(tmp_path):
+    """bf16 autocast on CPU, and training stays close to fp32."""
+    train(tmp_path / "fp32", "--max_steps", 3)
+    train(tmp_path / "bf16", "--max_steps", 3, "--dtype", "bf16")
+    a, b = (read_log(tmp_path / name)[3] for name in ("fp32", "bf16"))
+    assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_eager(tmp_path):
+    train(tmp_path / "eager", "--max_steps", 2)
+    train(tmp_path / "compiled", "--max_steps", 2, "--compile")
+    a, b = (read_log(tmp_path / name)[2] for name in ("eager", "compiled"))
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_default_run_learns(tmp_path):
+    """The README's first command: k-NN on digits from about 50 % to at least 85 %."""
+    result = run_script("sdssl.py", "--output_dir", tmp_path, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    accuracies = [record["knn"] for record in read_log(tmp_path) if "knn" in record]
+    assert accuracies[0] < 70 and accuracies[-1] >= 85
