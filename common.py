@@ -739,7 +739,7 @@ class TimmBackbone(nn.Module):
         return [prefix[:, 0] for _, prefix in outputs]  # L of (B, D)
 
 
-def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16, pretrained: bool = False, **options) -> nn.Module:
+def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16, pretrained=False, **options) -> nn.Module:
     """A backbone by name: `vit_*`, `resnet*` or `timm/NAME`. Options are the ViT's; those that are None keep its default."""
     options = {name: value for name, value in options.items() if value is not None}
     if arch in VITS:
@@ -888,7 +888,8 @@ def read_checkpoint(path) -> dict:
             raise InputError(
                 f"{path} holds pickled Python objects beside its tensors, and loading those can run code; where you trust it, "
                 f"convert it once: python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
-                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or hasattr(v, 'shape')}}, 'clean.pth')\"") from None
+                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or hasattr(v, 'shape')}}, "
+                f"'clean.pth')\"") from None
         raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
@@ -951,11 +952,11 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
     meta = content.get("meta")
     meta = dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}  # others keep a "meta" too
     if not meta and not arch:
-        raise InputError(f"{checkpoint or 'without --checkpoint, this'} does not say its architecture: pass --arch (and --patch_size)")
+        raise InputError(f"{checkpoint or 'the command'} does not say which architecture: pass --arch (and --patch_size)")
     if meta and arch and arch != meta["backbone"]["arch"]:
         raise InputError(f"{checkpoint} holds a {meta['backbone']['arch']}, not --arch {arch}")
     if meta and patch_size and patch_size != meta["backbone"].get("patch_size"):
-        raise InputError(f"{checkpoint} has patches of {meta['backbone'].get('patch_size')} pixels, not --patch_size {patch_size}")
+        raise InputError(f"{checkpoint} has --patch_size {meta['backbone'].get('patch_size')}, not --patch_size {patch_size}")
     options = meta.get("backbone") or dict(arch=arch, img_size=img_size or (None if arch.startswith("timm/") else 224),
                                            patch_size=patch_size or 16)
     backbone = create_backbone(**options, pretrained=not checkpoint)
@@ -1116,8 +1117,8 @@ class Run:
         step, term = first_bad.min(0)
         if step.isfinite():
             self.bar.close()
-            log(f"stopped: {self.terms[int(term)]} was not finite at step {int(step) + 1}; the last checkpoint in {self.folder} is intact. "
-                f"Lower --lr, or raise --warmup_epochs.")
+            log(f"stopped: {self.terms[int(term)]} was not finite at step {int(step) + 1}; the last checkpoint in {self.folder} "
+                f"is intact. Lower --lr, or raise --warmup_epochs.")
             sys.exit(1)
 
     def log_step(self, step: int, losses: dict[str, Tensor], waited: float, features: Tensor | None = None, **values) -> None:
@@ -1148,7 +1149,7 @@ class Run:
         ended = (step + 1) // epoch if (step + 1) % epoch == 0 else 0
         stopping = bool(_signal_received)
         if world_size() > 1:  # a signal reaches the processes at different steps: they agree where they log
-            stopping = self.log_now(step) and mean_over_processes(torch.tensor(float(stopping), device=self.first_bad.device)).item() > 0
+            stopping = self.log_now(step) and bool(mean_over_processes(self.first_bad.new_tensor(float(stopping))) > 0)
         paused = time.perf_counter()
         check_knn = done or (args.knn_every and ended and ended % args.knn_every == 0)
         if knn and check_knn:
@@ -1222,7 +1223,7 @@ def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     """The flags that every training script takes. A default of None comes from the recipe (or is settled by `setup`)."""
     flag = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits", help=f"digits, {', '.join(DATASETS)}, or a directory of images (default: digits)")
+    group.add_argument("--data", default="digits", help=f"digits (the default), {', '.join(DATASETS)}, or a directory of images")
     group.add_argument("--data_path", default="data", help="where named data sets are, or are downloaded to (default: data)")
     group.add_argument("--img_size", type=int, help="side of the training views in pixels (default: recipe)")
     group = parser.add_argument_group("model")
@@ -1238,19 +1239,20 @@ def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     group.add_argument("--max_steps", type=non_negative, help="stop here; schedules still span --epochs")
     group = parser.add_argument_group("system")
     group.add_argument("--seed", type=non_negative, default=0)
-    group.add_argument("--num_workers", type=non_negative, default=min(8, (os.cpu_count() or 1)), help="that decode files (default: %(default)s)")
+    group.add_argument("--num_workers", type=non_negative, default=min(8, os.cpu_count() or 1),
+                       help="processes that decode files (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
     group.add_argument("--compile", action=flag, help="torch.compile the backbones (default: on CUDA)")
     group.add_argument("--output_dir", default=f"runs/{method}", help="(default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on from output_dir/checkpoint.pth, if there is one")
     group.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
-    group.add_argument("--save_every", type=non_negative, default=1, help="epochs between checkpoints, 0 for the end only (default: 1)")
-    group.add_argument("--knn_every", type=non_negative, default=10, help="epochs between k-NN checks, 0 for the end only (default: 10)")
+    group.add_argument("--save_every", type=non_negative, default=1, help="epochs between checkpoints; 0: at the end (default: 1)")
+    group.add_argument("--knn_every", type=non_negative, default=10, help="epochs between k-NN checks; 0: at the end (default: 10)")
     group.add_argument("--log_every", type=int, default=10, help="steps between log records (default: 10)")
 
 
-RECIPE_OF = {"cifar100": "cifar10", "svhn": "cifar10", "stl10": "cifar10", "flowers102": "imagenet", "pets": "imagenet", "cars": "imagenet"}
+RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet", pets="imagenet", cars="imagenet")
 
 
 def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
@@ -1267,5 +1269,5 @@ def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
             setattr(args, key, value)
     if args.batch_size < 2 or args.epochs < 1 or args.log_every < 1:
         raise InputError("--batch_size must be at least 2, --epochs and --log_every at least 1")
-    log(f"{len(data)} training images of {args.data}, recipe {name}, on {args.device} in {args.dtype}, {world_size()} process(es)")
+    log(f"{len(data)} training images of {args.data}, recipe {name}; {args.device}, {args.dtype}, {world_size()} process(es)")
     return recipe

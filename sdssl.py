@@ -28,32 +28,35 @@ Commands:
     loss_pred             sum over L layers (Eq. 5)           L * mean                    the same number, as in Algorithm 1
     alpha                 1.0                                 1.0; SimCLR and BYOL 0.8    1.0; --alpha
     SimCLR's gradient     not said                            local slice of the gather   that of a single process
-    heads of ViT-S        not said                            12, as MoCo v3              6, as timm and DINO, so that backbone.pth
-                                                                                          means the same there; --num_heads 12
+    heads of ViT-S        not said                            12, as MoCo v3              6, as timm: backbone.pth gives the same
+                                                                                          outputs there; --num_heads 12
     layer heads           in parallel: +8.6 % time            one after the other         one batched matmul for all layers
     jitter's order        not said                            drawn for each image        drawn for each batch
     teacher's BatchNorm   not said                            batch statistics            batch statistics, its own running ones
 """
 import argparse
 import copy
+import csv
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (MEAN, STD, BatchNorm, InputError, Run, ViewLoader, add_arguments, apply_recipe, autocast, backbone_weights,
-                    byol_views, cosine_schedule, create_backbone, distributed, ema_update, fp32, gather, knn_accuracy,
-                    load_data, load_weights, local_rows, log, parameter_groups, read_checkpoint, run, setup)
+from common import (MEAN, STD, BatchNorm, ImageData, InputError, Run, ViewLoader, add_arguments, apply_recipe, autocast,
+                    backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, ema_update, extract_features, fp32,
+                    gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log, parameter_groups,
+                    read_checkpoint, run, setup)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 RECIPES = {
     # found by trial on two CPU cores
-    "digits": dict(arch="vit_nano", img_size=16, patch_size=4, epochs=150, batch_size=256, lr=2e-3, warmup_epochs=10,
+    "digits": dict(arch="vit_nano", img_size=16, patch_size=4, epochs=60, batch_size=128, lr=4e-3, warmup_epochs=10,
                    weight_decay=0.1, momentum=0.99, hidden=512, isd_hidden=256,
-                   views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
+                   views=dict(scale=(0.5, 1.0), flip=0.0, blur=False)),
     "mnist": dict(arch="vit_nano", img_size=28, patch_size=7, epochs=20, batch_size=256, lr=1e-3, warmup_epochs=1,
                   weight_decay=0.1, momentum=0.99, hidden=512, isd_hidden=256,
                   views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
@@ -175,7 +178,8 @@ class Student(nn.Module):
     isd_every: distil to every n-th layer (Table 6, MLP/n). isd_mlp: depth of the intermediate projectors, 0 for none.
     """
 
-    def __init__(self, backbone: nn.Module, framework: str, sd=True, isd_every=1, isd_mlp=3, hidden=4096, isd_hidden=2048, out_dim=256):
+    def __init__(self, backbone: nn.Module, framework: str, sd=True, isd_every=1, isd_mlp=3, hidden=4096, isd_hidden=2048,
+                 out_dim=256):
         super().__init__()
         dims = backbone.layer_dims
         self.lower = [l for l in range(len(dims) - 1) if (l + 1) % isd_every == 0] if sd else []
@@ -225,7 +229,7 @@ class Teacher(nn.Module):
 
 def build(args) -> tuple[Student, Teacher | None, dict]:
     """-> student, teacher (None for SimCLR), and what a reader of the checkpoint must know of the backbone."""
-    options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size, num_heads=args.num_heads, pos_embed="sincos")
+    options = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "num_heads")} | {"pos_embed": "sincos"}
     backbone = create_backbone(**options)
     if args.init:
         load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
@@ -273,11 +277,12 @@ def train(args) -> None:
     alpha = cosine_schedule(0.0 if args.anneal else args.alpha, args.alpha, total)
     M = args.batch_size
     chance = {"mocov3": 4 * args.tau * math.log(M), "byol": 4.0, "simclr": math.log(2 * M - 1)}[args.framework]
-    log(f"{'SD-' if args.sd else ''}{args.framework}, {args.arch}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, "
-        f"{total} steps of {M} images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}, chance level of loss_ssl {chance:.2f}")
+    parameters = sum(p.numel() for p in student.parameters()) / 1e6
+    log(f"{'SD-' if args.sd else ''}{args.framework}, {args.arch}: {parameters:.1f} M parameters, {total} steps of {M} images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}, chance level of loss_ssl {chance:.2f}")
 
     def knn():
-        return knn_accuracy(student.backbone, train_data, test_data, args.img_size, device, num_workers=args.num_workers, dtype=args.dtype)
+        return knn_accuracy(student.backbone, train_data, test_data, args.img_size, device, num_workers=args.num_workers,
+                            dtype=args.dtype)
 
     def state():
         networks = dict(student=student.state_dict(), **(dict(teacher=teacher.state_dict()) if teacher else {}))
@@ -325,6 +330,116 @@ def train(args) -> None:
         job.after_step(step, state, knn)
 
 
+# ----------------------------------------------------------------------------------------------------------- analysis
+
+
+def alignment(x: Tensor, y: Tensor, gamma: float = 2.0) -> Tensor:
+    """Mean distance of positive pairs (N, D), to the power gamma, on the unit sphere (Eq. 7)."""
+    return (F.normalize(x, dim=1) - F.normalize(y, dim=1)).norm(dim=1).pow(gamma).mean()  # Eq. 7
+
+
+def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
+    """Log of the mean Gaussian potential over all pairs of different rows of (N, D) on the unit sphere (Eq. 8)."""
+    return F.pdist(F.normalize(x, dim=1)).pow(2).mul(-t).exp().mean().log()  # Eq. 8
+
+
+def negative_alignment(x: Tensor, gamma: float = 2.0) -> Tensor:
+    """Mean distance, to the power gamma, over all pairs of different rows of (N, D) on the unit sphere (Eq. 9)."""
+    return F.pdist(F.normalize(x, dim=1)).pow(gamma).mean()  # Eq. 9
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Centred kernel alignment of (N, D1) and (N, D2) with linear kernels (Kornblith et al.): 1 up to rotation and scale."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+MEASURES = ("-uniformity", "alignment", "-uniformity / alignment", "negative alignment", "negative / alignment")  # Figs. 7, 8
+
+
+@torch.no_grad()
+def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, device, images: int = 1000) -> dict:
+    """Per layer: features of whole images, CKA with every layer, and the values of Figs. 7 and 8 from two views of each image."""
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images]
+    whole = extract_features(backbone, data, meta["img_size"], device, layers=True, rows=rows)  # L of (N, D)
+    batch = min(100, len(rows))
+    loader = ViewLoader(data, views, batch, 0, device)
+    pairs = [(backbone(x1, layers=True), backbone(x2, layers=True)) for _, (x1, x2), _ in loader.steps(0, len(rows) // batch)]
+    first, second = ([torch.cat(layer).float().cpu() for layer in zip(*view, strict=True)] for view in zip(*pairs, strict=True))
+    table = []
+    for x, y in zip(first, second, strict=True):
+        u, a, n = uniformity(x).item(), alignment(x, y).item(), negative_alignment(x).item()
+        table.append((-u, a, -u / a, n, n / a))  # as MEASURES
+    cka = [[linear_cka(x.double(), y.double()).item() for y in whole] for x in whole]  # (L, L)
+    return dict(features=whole, labels=data.labels[rows], cka=cka, table=table)
+
+
+def analyze(args) -> None:
+    """Figs. 5-8 for one checkpoint or several side by side: tsne.png, cka.png, alignment.png, and analysis.csv, cka.csv."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    device = setup(args)
+    train_data, test_data = load_data(args.data, args.data_path)
+    recipe, folder = apply_recipe(args, RECIPES, train_data), Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, results = [], []
+    for path in args.analyze:
+        backbone, meta = load_backbone(path)
+        views = byol_views(meta["img_size"], **recipe["views"])
+        names.append(f"{len(names) + 1}: {Path(path).parent.name}")
+        results.append(measure_layers(backbone.to(device), test_data or train_data, views, meta, device))
+        values = zip(MEASURES, results[-1]["table"][-1], strict=True)
+        log(f"{names[-1]}: last layer, " + ", ".join(f"{measure} {value:.3f}" for measure, value in values))
+
+    def panels(rows, columns, size):
+        return plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
+
+    def save(figure, name):
+        figure.savefig(folder / name, dpi=80)
+        plt.close(figure)
+        log(f"wrote {folder / name}")
+
+    figure, axes = panels(1, len(MEASURES), 2.6)  # Figs. 7 and 8
+    for i, (axis, measure) in enumerate(zip(axes[0], MEASURES, strict=True)):
+        for name, result in zip(names, results, strict=True):
+            axis.plot(range(1, len(result["table"]) + 1), [row[i] for row in result["table"]], marker=".", label=name)
+        axis.set(title=measure, xlabel="layer")
+    axes[0, 0].legend(fontsize=7)
+    save(figure, "alignment.png")
+
+    figure, axes = panels(1, len(results), 3)  # Fig. 6
+    for axis, name, result in zip(axes[0], names, results, strict=True):
+        ticks = (0.5, len(result["cka"]) + 0.5)
+        image = axis.imshow(result["cka"], vmin=0, vmax=1, origin="lower", extent=(*ticks, *ticks))
+        axis.set(title=name, xlabel="layer", ylabel="layer")
+    figure.colorbar(image, ax=axes[0].tolist(), label="CKA")
+    save(figure, "cka.png")
+
+    shown = {i: sorted({round(l) for l in torch.linspace(0, len(r["features"]) - 1, 6).tolist()}) for i, r in enumerate(results)}
+    figure, axes = panels(len(results), max(map(len, shown.values())), 2)  # Fig. 5
+    for i, result in enumerate(results):
+        few = result["labels"] < 10  # ten classes
+        for axis, l in zip(axes[i], shown[i], strict=False):
+            tsne = TSNE(init="pca", perplexity=min(30, int(few.sum()) // 4), random_state=0)
+            points = tsne.fit_transform(result["features"][l][few].numpy())  # (n, 2)
+            axis.scatter(*points.T, c=result["labels"][few], cmap="tab10", s=3)
+            axis.set(title=f"{names[i]}, layer {l + 1}", xticks=[], yticks=[])
+            axis.title.set_fontsize(7)
+    save(figure, "tsne.png")
+
+    layers, pairs = [("run", "checkpoint", "layer", *MEASURES)], [("run", "checkpoint", "layer", "other layer", "cka")]
+    for name, path, result in zip(names, args.analyze, results, strict=True):
+        layers += [(name, path, l + 1, *row) for l, row in enumerate(result["table"])]
+        pairs += [(name, path, i + 1, j + 1, value) for i, row in enumerate(result["cka"]) for j, value in enumerate(row)]
+    for name, rows in (("analysis.csv", layers), ("cka.csv", pairs)):
+        with open(folder / name, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -336,18 +451,20 @@ def parse_arguments(argv=None):
     group.add_argument("--framework", default="mocov3", choices=["simclr", "byol", "mocov3"], help="(default: %(default)s)")
     group.add_argument("--sd", action=flag, default=True, help="self-distillation; --no-sd is the plain framework")
     group.add_argument("--tau", type=float, default=0.2, help="temperature of Eq. 2 (default: %(default)s)")
-    group.add_argument("--alpha", type=float, default=1.0, help="weight of loss_isd at the end; 0 keeps only loss_pred (default: %(default)s)")
+    group.add_argument("--alpha", type=float, default=1.0, help="final weight of loss_isd; 0 keeps only loss_pred (default: 1)")
     group.add_argument("--anneal", action=flag, default=True, help="raise alpha from 0 along a cosine")
     group.add_argument("--beta", type=float, default=1.0, help="weight of loss_pred (default: %(default)s)")
-    group.add_argument("--isd_every", type=int, default=1, choices=range(1, 13), metavar="N", help="distil to every n-th layer (default: 1)")
-    group.add_argument("--isd_mlp", type=int, default=3, choices=[0, 2, 3], help="depth of the intermediate projectors (default: 3)")
+    group.add_argument("--isd_every", type=int, default=1, choices=range(1, 13), metavar="N", help="distil to each n-th layer")
+    group.add_argument("--isd_mlp", type=int, default=3, choices=[0, 2, 3], help="depth of the lower projectors (default: 3)")
     group.add_argument("--hidden", type=int, help="width of the last projector and of all predictors (default: recipe)")
     group.add_argument("--isd_hidden", type=int, help="width of the intermediate projectors (default: recipe)")
     group.add_argument("--momentum", type=float, help="of the teacher at the start, rising to 1 (default: recipe)")
     group.add_argument("--num_heads", type=int, help="attention heads (default: timm's, 6 for vit_small; MoCo v3 has 12)")
     group.add_argument("--stop_grad_conv1", action=flag, default=True, help="freeze the random patch projection")
+    group.add_argument("--analyze", nargs="+", metavar="CHECKPOINT", help="draw Figs. 5-8 for these instead of training")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_arguments()))
+    arguments = parse_arguments()
+    run(lambda: analyze(arguments) if arguments.analyze else train(arguments))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to other processes
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,6 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SDSSL_TEST_DATA", ROOT.parent / "shared" / "data"))  # MNIST, CIFAR-10, photographs, where present
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
@@ -43,7 +44,7 @@ def run_script(script, *arguments, processes=1, cwd=ROOT, timeout=600, threads=N
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or max(1, 2 // processes)), "TQDM_DISABLE": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or max(1, 2 // processes)), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run([*command, script, *map(str, arguments)], cwd=cwd, env=environment, timeout=timeout,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
 

@@ -635,7 +635,7 @@ def test_weights_of_the_terms(tmp_path):
             assert record["alpha"] == pytest.approx(expected, abs=1e-9)
             assert record["loss"] == pytest.approx(record["loss_ssl"] + expected * record["loss_isd"] + beta * record["loss_pred"], rel=1e-5)
     train(tmp_path / "tau", "--max_steps", 1, "--tau", 0.5)
-    first, other = read_log(tmp_path / "plain")[1], read_log(tmp_path / "tau")[1]
+    first, other = read_log(tmp_path / "plain")[0], read_log(tmp_path / "tau")[0]
     assert other["chance"] == pytest.approx(4 * 0.5 * math.log(32)) and first["loss_ssl"] != other["loss_ssl"]
 
 
@@ -657,11 +657,11 @@ def test_photographs_at_224(photos, tmp_path):
     assert not any("knn" in record for record in read_log(tmp_path))
 
 
-def test_compile_and_low_precision_run(tmp_path):
+def test_low_precision_stays_close(tmp_path):
     """bf16 autocast on CPU, and training stays close to fp32."""
     train(tmp_path / "fp32", "--max_steps", 3)
     train(tmp_path / "bf16", "--max_steps", 3, "--dtype", "bf16")
-    a, b = (read_log(tmp_path / name)[3] for name in ("fp32", "bf16"))
+    a, b = (read_log(tmp_path / name)[2] for name in ("fp32", "bf16"))
     assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
@@ -669,7 +669,7 @@ def test_compile_and_low_precision_run(tmp_path):
 def test_compiled_run_equals_eager(tmp_path):
     train(tmp_path / "eager", "--max_steps", 2)
     train(tmp_path / "compiled", "--max_steps", 2, "--compile")
-    a, b = (read_log(tmp_path / name)[2] for name in ("eager", "compiled"))
+    a, b = (read_log(tmp_path / name)[1] for name in ("eager", "compiled"))
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
@@ -680,3 +680,67 @@ def test_default_run_learns(tmp_path):
     assert result.returncode == 0, result.stderr
     accuracies = [record["knn"] for record in read_log(tmp_path) if "knn" in record]
     assert accuracies[0] < 70 and accuracies[-1] >= 85
+
+
+# ----------------------------------------------------------------------------------------------------------- analysis
+
+
+def test_measures_equal_naive_loops():
+    """Eqs. 7-9 on the unit sphere, pair by pair."""
+    x, y = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    a, b = [v / v.norm() for v in x], [v / v.norm() for v in y]
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
+    for gamma in (1.0, 2.0):
+        torch.testing.assert_close(sdssl.alignment(x, y, gamma), sum((p - q).norm() ** gamma for p, q in zip(a, b)) / 7)
+        torch.testing.assert_close(sdssl.negative_alignment(x, gamma), sum((a[i] - a[j]).norm() ** gamma for i, j in pairs) / len(pairs))
+    naive = torch.log(sum(torch.exp(-2 * (a[i] - a[j]).norm() ** 2) for i, j in pairs) / len(pairs))
+    torch.testing.assert_close(sdssl.uniformity(x), naive)
+    assert sdssl.alignment(x, 3 * x) < 1e-12
+
+
+def test_uniformity_of_a_circle():
+    """n points evenly on a circle: the mean over all n^2 pairs is exp(-2t) I_0(2t), to many digits; ours leaves out the n self-pairs."""
+    n, t = 500, 2.0
+    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    points = torch.stack([angle.cos(), angle.sin()], 1)
+    every_pair = math.exp(-2 * t) * torch.special.i0(torch.tensor(2 * t, dtype=torch.float64))
+    torch.testing.assert_close(sdssl.uniformity(points, t), ((n * every_pair - 1) / (n - 1)).log())
+    torch.testing.assert_close(sdssl.negative_alignment(points), torch.tensor(2.0 * n / (n - 1), dtype=torch.float64))
+
+
+def test_cka():
+    """1 for a rotated and scaled copy, near 0 for independent features, and the ratio of HSICs of the Gram matrices."""
+    x, z = torch.randn(2000, 6, dtype=torch.float64), torch.randn(2000, 4, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    torch.testing.assert_close(sdssl.linear_cka(x, 3 * x @ rotation + 5), torch.tensor(1.0, dtype=torch.float64))
+    assert sdssl.linear_cka(x, z) < 0.02
+    x, z = x[:9], z[:9]
+    centre = torch.eye(9, dtype=torch.float64) - 1 / 9
+
+    def hsic(k, l):
+        return sum((centre @ k @ centre)[i, j] * (centre @ l @ centre)[i, j] for i in range(9) for j in range(9))
+
+    k, l = x @ x.T, z @ z.T
+    torch.testing.assert_close(sdssl.linear_cka(x, z), hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt())
+
+
+def test_analyze_draws_and_repeats(tmp_path):
+    """Two runs side by side: three pictures and two tables, the same ones when asked again; one line for a missing file."""
+    import csv
+
+    train(tmp_path / "a", "--max_steps", 1)
+    train(tmp_path / "b", "--max_steps", 1, "--seed", 1)
+    tables = []
+    for name in ("first", "second"):
+        sdssl.analyze(arguments(tmp_path / name, "--analyze", tmp_path / "a" / "checkpoint.pth", tmp_path / "b" / "checkpoint.pth"))
+        assert {p.name for p in (tmp_path / name).iterdir()} == {"tsne.png", "cka.png", "alignment.png", "analysis.csv", "cka.csv"}
+        tables.append([(tmp_path / name / f).read_text() for f in ("analysis.csv", "cka.csv")])
+    assert tables[0] == tables[1]
+    rows = list(csv.DictReader(tables[0][0].splitlines()))
+    assert len(rows) == 2 * 4 and {row["layer"] for row in rows} == {"1", "2", "3", "4"}
+    for row in rows:
+        assert float(row["negative / alignment"]) == pytest.approx(float(row["negative alignment"]) / float(row["alignment"]))
+    cka = list(csv.DictReader(tables[0][1].splitlines()))
+    assert len(cka) == 2 * 16 and all(float(r["cka"]) == pytest.approx(1) for r in cka if r["layer"] == r["other layer"])
+    with pytest.raises(common.InputError, match="no checkpoint file"):
+        sdssl.analyze(arguments(tmp_path, "--analyze", tmp_path / "none.pth"))
