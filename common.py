@@ -346,14 +346,12 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)  # (B, H, W) each
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    safe = chroma.clamp(min=1e-8)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = hue + 6 * shift  # in sixths of the circle
-    # a channel falls from value to value - chroma with its distance from its own hue (Wikipedia, HSV to RGB, alternative)
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
-    k = (hue[:, None] + offsets).remainder_(6)  # (B, 3, H, W)
-    k = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return value[:, None] - chroma[:, None] * k
+    # the largest channel decides; lerp with weights 0 and 1 is an exact choice, and faster than where
+    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), (value == g).float()).lerp_(g - b, (value == r).float())
+    hue = (hue / chroma.clamp(min=1e-8)).add_(6 * shift).remainder_(6)  # in sixths of the circle, from red
+    # each channel is at value within a sixth of its own hue, at value - chroma beyond two, and linear between
+    near = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)  # (B, 3, H, W)
+    return near.mul_(chroma[:, None]).add_((value - chroma)[:, None])
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -361,8 +359,9 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     i = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
     last = x.shape[-1] - 1
 
-    def gauss(j):  # weight of the pixel at position j for output i
-        return torch.exp(-0.5 * ((i[:, None] - j) / sigma[:, None, None]) ** 2)  # (B, S, S)
+    def gauss(j):  # weight of the pixel at position j for output i; none past 6 sigma, where products would be denormal, so slow
+        squared = ((i[:, None] - j) / sigma[:, None, None]) ** 2  # (B, S, S)
+        return torch.exp(-0.5 * squared.clamp(max=36)) * (squared < 36)
 
     kernel = gauss(i) + gauss(-i) * (i > 0) + gauss(2 * last - i) * (i < last)
     kernel = (kernel / kernel.sum(-1, keepdim=True))[:, None]  # (B, 1, S, S)
@@ -375,6 +374,10 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
     Each image has its own parameters. Which images an operation touches is decided on the CPU, so nothing waits for the
     device; `x` is changed in place.
     """
+    at_once = 2**18 // x[0].numel() or 1  # on a CPU, as many images as stay in its cache
+    if x.device.type == "cpu" and len(x) > at_once:
+        return torch.cat([augment(images, view, draws, order)
+                          for images, draws in zip(x.split(at_once), u.split(at_once), strict=True)])
     flip, p_jitter, *factors, grey, blur, sigma, solarize = u[:, 2 * CROP_TRIES + 2 :].T[:10]
     device = x.device
 
@@ -408,14 +411,15 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         x[rows] = _blur(x[rows], (0.1 + 1.9 * sigma).to(device)[rows])
     if view.solarize:
         rows = chosen(solarize, view.solarize)
-        x[rows] = torch.where(x[rows] >= 128 / 255, 1 - x[rows], x[rows])
+        some = x[rows]
+        x[rows] = some.lerp(1 - some, (some >= 128 / 255).float())
     return normalize(x)
 
 
 def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> normalised by channel."""
     mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (mean, std))
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 
 class ViewLoader:
@@ -983,7 +987,8 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     mine = rows[padded][local_rows(len(padded))]
     modes, collected = [(module, module.training) for module in backbone.modules()], []
     backbone.eval()
-    for x in eval_batches(data, mine, size, device, batch_size, num_workers, mean, std):
+    batches = eval_batches(data, mine, size, device, batch_size, num_workers, mean, std)
+    for x in tqdm(batches, "features", math.ceil(len(mine) / batch_size), leave=False, unit="batch", disable=rank() > 0):
         with autocast(device, dtype):
             features = backbone(x, layers=layers)
         collected.append([f.float() for f in (features if layers else [features])])
@@ -1213,6 +1218,9 @@ def plain(values: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
+CORES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that we may use
+
+
 def non_negative(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
@@ -1239,8 +1247,7 @@ def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     group.add_argument("--max_steps", type=non_negative, help="stop here; schedules still span --epochs")
     group = parser.add_argument_group("system")
     group.add_argument("--seed", type=non_negative, default=0)
-    group.add_argument("--num_workers", type=non_negative, default=min(8, os.cpu_count() or 1),
-                       help="processes that decode files (default: %(default)s)")
+    group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
     group.add_argument("--compile", action=flag, help="torch.compile the backbones (default: on CUDA)")

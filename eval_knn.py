@@ -27,33 +27,24 @@ there is one) a dict of `features` (N, D), with `--layers all` a list of L of th
 for data sets in memory the rows (N,); `labels` (N,), -1 where unknown; and `classes`, the names of the labels.
 """
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from common import (DATASETS, RESNETS, VITS, ImageData, InputError, barrier, extract_features, knn_classifier, load_backbone,
+from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, barrier, extract_features, knn_classifier, load_backbone,
                     load_data, log, mean_over_processes, non_negative, rank, run, save_file, setup, world_size)
 
 # ----------------------------------------------------------------------------------------------------------- features
 
 
-def split_features(name: str, data: ImageData, backbone, meta: dict, device, args) -> dict:
+def split_features(data: ImageData, backbone, meta: dict, device, args) -> dict:
     """One split's features, paths, labels and classes, in the form that --features saves."""
     # training images without a label cannot vote: they are only worth extracting for a file
     rows = torch.arange(len(data)) if args.features else (data.labels >= 0).nonzero()[:, 0]  # (N,)
-    with tqdm(total=len(rows), desc=f"features of {name}", unit="img", disable=rank() > 0, leave=False) as bar:
-
-        def show_progress(module, inputs, output):  # each process counts its own images, the first stands for all
-            bar.update(min(len(inputs[0]) * world_size(), len(rows) - bar.n))
-
-        hook = backbone.register_forward_hook(show_progress)
-        features = extract_features(
-            backbone, data, meta["img_size"], device, layers=args.layers == "all", rows=rows, dtype=args.dtype,
-            batch_size=args.batch_size, num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])  # one or L of (N, D)
-        hook.remove()
+    features = extract_features(
+        backbone, data, meta["img_size"], device, layers=args.layers == "all", rows=rows, dtype=args.dtype,
+        batch_size=args.batch_size, num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])  # one or L of (N, D)
     return {"features": features if args.layers == "all" else features[0], "labels": data.labels[rows],
             "paths": [data.paths[i] for i in rows.tolist()] if data.paths else rows, "classes": data.classes}
 
@@ -114,8 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--features", metavar="FILE", help="save the features here; the images may then be without labels")
     group = parser.add_argument_group("system")
     group.add_argument("--batch_size", type=int, default=256, help="images per process (default: %(default)s)")
-    group.add_argument("--num_workers", type=non_negative, default=min(8, os.cpu_count() or 1),
-                       help="that decode files (default: %(default)s)")
+    group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
     group.add_argument("--seed", type=non_negative, default=0, help="of random weights (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast (default: %(default)s)")
@@ -149,7 +139,7 @@ def main():
     log(f"{arch} with {source}, at {meta['img_size']} pixels; on {device.type} in {args.dtype}, {world_size()} process(es)")
     log(f"{args.data}: {', '.join(f'{len(data)} {name} images' for name, data in splits.items())}, {len(train.classes)} classes")
 
-    splits = {name: split_features(name, data, backbone, meta, device, args) for name, data in splits.items()}
+    splits = {name: split_features(data, backbone, meta, device, args) for name, data in splits.items()}
     if args.features:
         if rank() == 0:
             Path(args.features).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,57 @@
+"""Every command that the README shows runs, at tiny size."""
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import common
+
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+            for line in block.splitlines() if re.match(r"(python|torchrun) ", line) and "venv" not in line]
+SMALL = {"sdssl.py": ["--max_steps", "1", "--hidden", "32", "--isd_hidden", "16", "--overwrite", "--num_workers", "0"],
+         "eval_knn.py": [], "eval_linear.py": ["--max_steps", "1", "--overwrite"]}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with the scripts, images under the README's placeholders, a checkpoint of ours and one in DINO's form."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("readme")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, root)
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / "images" / split / name / f"{i}.jpg")
+    backbone = common.vit_small(img_size=224, patch_size=16)
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items() if name != "mask_token"}
+    torch.save({"teacher": weights}, root / "dino_deitsmall16_pretrain.pth")
+    trained = run_script("sdssl.py", *SMALL["sdssl.py"], cwd=root)
+    assert trained.returncode == 0, trained.stderr
+    return root
+
+
+def test_the_readme_shows_commands():
+    assert len(COMMANDS) >= 8 and any(command.startswith("torchrun") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, places):
+    if "cifar10" in command:
+        pytest.skip("needs CIFAR-10, which it would download")
+    words = shlex.split(re.sub(r"/path/to/\S+", str(places / "images"), command))
+    processes = 2 if words[0] == "torchrun" else 1
+    script, *flags = [word for word in words[1:] if not word.startswith("--nproc")]
+    if script == "sdssl.py" and "--data" in flags:
+        flags += ["--img_size", "32", "--batch_size", "8"]
+    if script == "sdssl.py":
+        flags += ["--output_dir", "runs/other"]  # the evaluations want the small one
+    result = run_script(script, *flags, *SMALL[script], cwd=places, processes=processes)
+    assert result.returncode == 0, result.stderr
