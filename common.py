@@ -1180,9 +1180,10 @@ class Run:
         """Writes the checkpoint and the bare backbone, unless a loss was not finite."""
         self.check()
         if rank() == 0:
-            backbone = backbone_weights({"meta": state["meta"], **{n: state[n] for n in ("student", "teacher") if n in state}})
             save_file({**state, "step": step, "args": plain(vars(self.args))}, self.folder / "checkpoint.pth")
-            save_file(backbone, self.folder / "backbone.pth")
+            networks = {name: state[name] for name in ("student", "teacher") if name in state}
+            if networks:  # a probe has none
+                save_file(backbone_weights({"meta": state["meta"], **networks}), self.folder / "backbone.pth")
         barrier()
 
     def draw_curves(self) -> None:

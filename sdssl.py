@@ -145,9 +145,10 @@ def stack_layers(layers: list[Tensor]) -> Tensor:
 
 
 class LayerMLP(nn.Module):
-    """L MLPs at once, one for each layer: (L, N, D) -> (L, N, K). Linear without bias, BatchNorm and ReLU on hidden ones.
+    """L MLPs at once, one for each layer: views (L, N, D) -> views (L, N, K). Linear without bias, BatchNorm and ReLU on hidden.
 
-    The samples come last inside, so that BatchNorm sees one batch of L*D channels and nothing is copied.
+    A batched matmul takes all layers and views, BatchNorm one view at a time. Inside, the samples come last, so that BatchNorm
+    sees one batch of L*D channels.
     """
 
     def __init__(self, in_dims: list[int], hidden: int, out_dim: int, depth: int, out_norm: bool):
@@ -161,15 +162,16 @@ class LayerMLP(nn.Module):
             for layer, fan_in in zip(weight, in_dims if i == 0 else dims[i : i + 1] * L, strict=True):
                 nn.init.uniform_(layer, -(fan_in**-0.5), fan_in**-0.5)  # as nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)  # (L, D, N)
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        V = len(views)
+        x = torch.cat([view.transpose(1, 2) for view in views], 2)  # (L, D, V*N)
         for i, weight in enumerate(self.weights):
-            x = torch.bmm(weight, x)  # (L, K, N)
-            if i < len(self.norms):
-                x = self.norms[i](x.flatten(0, 1)[None]).view_as(x)  # (1, L*K, N) -> (L, K, N)
+            x = torch.bmm(weight, x)  # (L, K, V*N)
+            if i < len(self.norms):  # each view: (1, L*K, N) -> (L, K, N)
+                x = torch.cat([self.norms[i](view.flatten(0, 1)[None]).view_as(view) for view in x.chunk(V, 2)], 2)
             if i < len(self.weights) - 1:
                 x = F.relu(x)
-        return x.transpose(1, 2)  # (L, N, K)
+        return [view.transpose(1, 2) for view in x.chunk(V, 2)]  # V of (L, N, K)
 
 
 class Student(nn.Module):
@@ -195,19 +197,19 @@ class Student(nn.Module):
         widths = [out_dim] * len(lower_dims) if isd_mlp else lower_dims
         self.predictor = LayerMLP([*widths, out_dim], hidden, out_dim, 2, norm) if framework != "simclr" else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Views (N, 3, H, W) -> q (L, N, K), and for loss_pred the predictions from sg(h) (L, N, K)."""
+    def forward(self, *views: Tensor) -> tuple[list, list]:
+        """Views (N, 3, H, W) -> for each its q (L, N, K), and for loss_pred its predictions from sg(h) (L, N, K) or None."""
         if not self.lower:
-            h = self.projector(self.backbone(x)[None])  # (1, N, K)
+            h = self.projector(*[self.backbone(x)[None] for x in views])  # V of (1, N, K)
         else:
-            layers = self.backbone(x, layers=True)  # [CLS] (or pooled stage) of each layer, (N, D_l)
-            h = self.projector(layers[-1][None])  # (1, N, K)
-            lower = stack_layers([layers[l] for l in self.lower])  # (L-1, N, D)
-            lower = self.isd_projector(lower) if self.isd_projector else lower  # (L-1, N, K)
-            h = stack_layers([*lower, *h])  # (L, N, K)
+            layers = [self.backbone(x, layers=True) for x in views]  # V of L of (N, D_l): [CLS], or a pooled stage
+            h = self.projector(*[view[-1][None] for view in layers])  # V of (1, N, K)
+            lower = [stack_layers([view[l] for l in self.lower]) for view in layers]  # V of (L-1, N, D)
+            lower = self.isd_projector(*lower) if self.isd_projector else lower  # V of (L-1, N, K)
+            h = [stack_layers([*below, *last]) for below, last in zip(lower, h, strict=True)]  # V of (L, N, K)
         if self.predictor is None:
-            return h, None
-        return self.predictor(h), self.predictor(h.detach()) if self.lower else None
+            return h, [None] * len(h)
+        return self.predictor(*h), self.predictor(*[x.detach() for x in h]) if self.lower else [None] * len(h)
 
 
 class Teacher(nn.Module):
@@ -220,7 +222,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.backbone(x)[None])[0]  # (N, K)
+        return self.projector(self.backbone(x)[None])[0][0]  # (N, K)
 
     def update(self, student: Student, momentum: float) -> None:
         ema_update(student.backbone, self.backbone, momentum)
@@ -302,7 +304,7 @@ def train(args) -> None:
 
         # student: a query for each layer
         with autocast(device, args.dtype):
-            (q1, p1), (q2, p2) = model(x1), model(x2)  # (L, N, K)
+            (q1, q2), (p1, p2) = model(x1, x2)  # (L, N, K)
         if not teacher:
             z1, z2 = q1[-1], q2[-1]  # (N, K)
 
@@ -310,7 +312,7 @@ def train(args) -> None:
         losses = sdssl_losses(args.framework, q1, q2, z1, z2, p1, p2, args.tau)
         weights = {"loss_ssl": 1.0, "loss_isd": float(alpha[step]), "loss_pred": args.beta}
         loss = sum(weights[name] * term for name, term in losses.items())  # Eq. 6
-        losses = {"loss": loss, **losses}
+        losses["loss"] = loss  # last: where a term is not finite, the term is named
 
         # backward and step
         optimizer.zero_grad(set_to_none=True)

@@ -52,7 +52,7 @@ class Step:
             with torch.no_grad(), common.autocast(self.device, self.args.dtype):
                 z1, z2 = self.teacher(x1), self.teacher(x2)
         with common.autocast(self.device, self.args.dtype):
-            (q1, p1), (q2, p2) = self.student(x1), self.student(x2)
+            (q1, q2), (p1, p2) = self.student(x1, x2)
         if not self.teacher:
             z1, z2 = q1[-1], q2[-1]
         loss = sum(sdssl.sdssl_losses(self.args.framework, q1, q2, z1, z2, p1, p2).values())
