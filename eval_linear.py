@@ -18,6 +18,7 @@ Layer decay, Mixup, CutMix, RandAugment and random erasing are timm's. It learns
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --layers all
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --cached --pool both --output_dir runs/both
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --finetune all
+    python eval_linear.py --compare runs/linear-0 runs/linear-1 runs/plain-0 runs/plain-1   # multi-exit curves, by seed
     torchrun --nproc_per_node=8 eval_linear.py --arch vit_small --patch_size 16 --checkpoint FILE --data DIR --layers all
 
 --output_dir gets checkpoint.pth, log.jsonl, curves.png, results.json and, with --layers all, multi_exit.png.
@@ -39,7 +40,9 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -329,16 +332,42 @@ def report(folder, rows: list[dict], grid: Tensor | None, args) -> None:
     results = {"rows": rows, "val_top1_of_layers_and_rates": None if grid is None else grid[0].tolist(), "args": vars(args)}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if len(rows) > 1:
-        import matplotlib
+        draw_multi_exit({folder.name: torch.tensor([[row["test_top1"] for row in rows]])}, folder / "multi_exit.png")
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
 
-        figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
-        axis.plot([row["layer"] for row in rows], [row["test_top1"] for row in rows], marker="o")
-        axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=[row["layer"] for row in rows])
-        figure.savefig(folder / "multi_exit.png", dpi=120)
-        plt.close(figure)
+def draw_multi_exit(curves: dict[str, Tensor], path: Path) -> None:
+    """Test top-1 over the layers: for each name (runs, L), the mean with a standard deviation about it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for name, top1 in curves.items():
+        spread = top1.std(0) if len(top1) > 1 else None
+        axis.errorbar(range(1, top1.shape[1] + 1), top1.mean(0), spread, marker="o", capsize=3, label=name)
+    axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=range(1, top1.shape[1] + 1))
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def compare(folders: list[str], output_dir: Path) -> None:
+    """Finished probes of all layers over each other: a table and multi_exit.png. Folders whose names differ by -SEED are one."""
+    runs = {}
+    for folder in map(Path, folders):
+        if not (folder / "results.json").is_file():
+            raise InputError(f"{folder} has no results.json: probe a checkpoint with --layers all --output_dir {folder} first")
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        runs.setdefault(re.sub(r"-\d+$", "", folder.name), []).append([row["test_top1"] for row in rows])
+    if len({len(run) for group in runs.values() for run in group}) > 1:
+        raise InputError("--compare takes runs with the same number of layers, all probed with --layers all")
+    curves = {name: torch.tensor(group) for name, group in runs.items()}  # (runs, L) each
+    for name, top1 in curves.items():
+        spread = top1.std(0) if len(top1) > 1 else torch.zeros(top1.shape[1])
+        log(f"{name:<20} n = {len(top1)}   " + "   ".join(f"{m:.1f} +- {s:.1f}" for m, s in zip(top1.mean(0), spread, strict=True)))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw_multi_exit(curves, output_dir / "multi_exit.png")
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -461,6 +490,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--layers", default="last", choices=["last", "all"], help="that are probed (default: %(default)s)")
     group.add_argument("--pool", choices=["cls", "mean", "both"], help="tokens (default: cls; for --finetune mean)")
     group.add_argument("--cached", action="store_true", help="make the features once, from whole images")
+    group.add_argument("--compare", nargs="+", metavar="DIR", help="draw the multi-exit curves of these finished probes instead")
     group.add_argument("--finetune", choices=["all", "head"], help="with timm's augmentations: all layers, or the head alone")
     group = parser.add_argument_group("optimisation (defaults: recipe)")
     group.add_argument("--epochs", type=non_negative)
@@ -497,6 +527,8 @@ FINETUNE_LIMITS = {"warmup_epochs": (0, 1e6), "weight_decay": (0, 1e3), "layer_d
 
 def main():
     args = parse_arguments()
+    if args.compare:
+        return compare(args.compare, Path(args.output_dir))
     for name, limits in (LIMITS | FINETUNE_LIMITS).items():
         given = getattr(args, name)
         if given is not None and name in FINETUNE_LIMITS and not args.finetune:

@@ -770,3 +770,19 @@ def test_bad_checkpoints(checkpoints, evaluate, tmp_path):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "text.pth"), "is not a PyTorch checkpoint")
     assert_one_line_error(evaluate("a"), "--arch")
+
+
+def test_compare_draws_means_over_seeds(tmp_path, capsys):
+    """Folders that differ by their seed are one curve; the table has its mean and standard deviation; one line for mistakes."""
+    for name, top1 in (("a-0", [10.0, 20.0]), ("a-1", [14.0, 20.0]), ("b-0", [1.0, 2.0])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"rows": [{"test_top1": value} for value in top1]}))
+    eval_linear.compare([str(tmp_path / name) for name in ("a-0", "a-1", "b-0")], tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].split()[:4] == ["a", "n", "=", "2"] and "12.0 +- 2.8" in lines[0] and "20.0 +- 0.0" in lines[0]
+    assert (tmp_path / "out" / "multi_exit.png").stat().st_size > 1000
+    with pytest.raises(common.InputError, match="no results.json"):
+        eval_linear.compare([str(tmp_path / "none")], tmp_path)
+    (tmp_path / "a-0" / "results.json").write_text(json.dumps({"rows": [{"test_top1": 1.0}]}))
+    with pytest.raises(common.InputError, match="same number of layers"):
+        eval_linear.compare([str(tmp_path / "a-0"), str(tmp_path / "b-0")], tmp_path)
