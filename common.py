@@ -1017,15 +1017,20 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     return torch.cat(scores)  # (M, classes)
 
 
-def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, device, k=20, **options) -> float | None:
-    """Top-1 of k-NN in per cent, the monitor of training runs; None without labels on both sides."""
+def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, device, k=20, most=10_000,
+                 **options) -> float | None:
+    """Top-1 of k-NN in per cent, the monitor of training runs; None without labels on both sides.
+
+    On at most `most` images of either split, evenly spaced; eval_knn.py takes all of them.
+    """
     if test is None or not (train.labelled and test.labelled):
         return None
-    rows = train.labels >= 0
-    bank, = extract_features(backbone, train, size, device, rows=rows.nonzero()[:, 0], **options)
-    queries, = extract_features(backbone, test, size, device, **options)
-    votes = knn_classifier(bank, train.labels[rows], queries, k, num_classes=len(train.classes))
-    return 100 * (votes.argmax(1) == test.labels).float().mean().item()
+    rows, queries = ((split.labels >= 0).nonzero()[:, 0] for split in (train, test))
+    rows, queries = (r[torch.linspace(0, len(r) - 1, min(most, len(r))).round().long()] for r in (rows, queries))
+    bank, = extract_features(backbone, train, size, device, rows=rows, **options)  # (N, D)
+    features, = extract_features(backbone, test, size, device, rows=queries, **options)  # (M, D)
+    votes = knn_classifier(bank, train.labels[rows], features, k, num_classes=len(train.classes))
+    return 100 * (votes.argmax(1) == test.labels[queries]).float().mean().item()
 
 
 @fp32

@@ -1403,3 +1403,21 @@ def test_extract_features_normalises_as_told():
     half, = common.extract_features(vit, data, 20, CPU, dtype="bf16", mean=(0.5,) * 3, std=(0.25,) * 3)
     assert half.dtype == torch.float32 and not torch.equal(half, features)
     torch.testing.assert_close(half, expected, rtol=0.1, atol=0.1)
+
+
+def test_knn_monitor_takes_a_spread_of_at_most_most_images():
+    """A large data set is sampled evenly: the monitor sees `most` images of either split, over all classes of sorted data."""
+    seen = []
+
+    class Mean(torch.nn.Module):
+        def forward(self, x, layers=False):
+            seen.append(len(x))
+            return x.mean((2, 3))
+
+    labels = torch.arange(10).repeat_interleave(20)  # sorted by class, as folders are
+    images = (25 * labels[:, None, None, None] * torch.tensor([1, 0, 0])[:, None, None]).expand(-1, -1, 8, 8).to(torch.uint8).contiguous()
+    data = common.ImageData(labels, list(range(10)), images=images)
+    assert common.knn_accuracy(Mean(), data, data, 8, CPU, k=1) is not None and sum(seen) == 400
+    seen.clear()
+    common.knn_accuracy(Mean(), data, data, 8, CPU, k=1, most=30)
+    assert sum(seen) == 60
