@@ -4,10 +4,13 @@ training      step time, images/s and peak memory of each framework with and wit
               (CPU: ViT-S/16, 224 pixels, batch 16; CUDA: ViT-B/16 in bf16, compiled, at --batch_size)
 augmentation  two views of 32 x 32 images in memory, against torchvision on PIL, on one core each
 loading       JPEG files to two views of 224 pixels, against the same
+probes        linear probes of 12 layers x 8 learning rates, against one probe of the last layer
 """
 import argparse
+import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +22,8 @@ import torch.multiprocessing as mp
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import sdssl  # noqa: E402
 
@@ -175,6 +179,21 @@ def bench_loading(folder: Path, device: torch.device) -> None:
           f"{speed:.0f} ({speed / baseline:.1f}x); with the augmentation on {device} after it {whole:.0f} ({whole / baseline:.1f}x)")
 
 
+def bench_probes(repeats: int) -> None:
+    speeds = {"one probe": [], "12 layers x 8 rates": []}
+    flags = ["--arch", "vit_tiny", "--img_size", "16", "--patch_size", "4", "--epochs", "2", "--log_every", "1"]
+    for repeat in range(repeats):
+        for name, extra in zip(speeds, (["--lr", "0.1", "--holdout", "0.1"], ["--layers", "all"]), strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run([sys.executable, str(ROOT / "eval_linear.py"), *flags, *extra, "--output_dir", folder], check=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+            speeds[name] += [record["images_per_s"] for record in records[2:]]
+    one, all_layers = (statistics.median(values) for values in speeds.values())
+    print(f"probes on vit_tiny, 16 x 16 images of digits: one {one:.0f} images/s, 12 layers x 8 rates {all_layers:.0f}: "
+          f"{one / all_layers:.2f} times the step")
+
+
 def photographs(folder: Path) -> Path:
     """JPEG files of 500 x 375 with the detail of photographs, more or less: noise over all scales."""
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +207,7 @@ def photographs(folder: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=["training", "augmentation", "loading"])
+    parser.add_argument("--only", choices=["training", "augmentation", "loading", "probes"])
     parser.add_argument("--photos", type=Path, help="a folder of photographs for `loading` (default: makes some)")
     parser.add_argument("--batch_size", type=int, help="for `training` (default: 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--repeats", type=int, default=7, help="steps measured (default: %(default)s)")
@@ -202,3 +221,5 @@ if __name__ == "__main__":
     if arguments.only in (None, "loading"):
         with tempfile.TemporaryDirectory() as made:
             bench_loading(arguments.photos or photographs(Path(made)), device)
+    if arguments.only in (None, "probes"):
+        bench_probes(max(1, arguments.repeats // 3))
