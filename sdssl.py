@@ -234,7 +234,8 @@ class Teacher(nn.Module):
 
 def build(args) -> tuple[Student, Teacher | None, dict]:
     """-> student, teacher (None for SimCLR), and what a reader of the checkpoint must know of the backbone."""
-    options = {name: getattr(args, name) for name in ("arch", "img_size", "patch_size", "num_heads")} | {"pos_embed": "sincos"}
+    options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size, num_heads=args.num_heads,
+                   pos_embed="sincos")
     backbone = create_backbone(**options)
     if args.init:
         load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
