@@ -12,7 +12,7 @@ import common
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
             for line in block.splitlines() if re.match(r"(python|torchrun) ", line) and "venv" not in line]
 SMALL = {"sdssl.py": ["--max_steps", "1", "--hidden", "32", "--isd_hidden", "16", "--overwrite", "--num_workers", "0"],
-         "eval_knn.py": [], "eval_linear.py": ["--max_steps", "1", "--overwrite"]}
+         "eval_knn.py": [], "eval_linear.py": ["--overwrite"]}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,8 @@ def test_command_runs(command, places):
     script, *flags = [word for word in words[1:] if not word.startswith("--nproc")]
     if script == "sdssl.py" and "--data" in flags:
         flags += ["--img_size", "32", "--batch_size", "8"]
+    if script == "eval_linear.py" and "--cached" not in flags and "--compare" not in flags:
+        flags += ["--max_steps", "1"]
     if script == "sdssl.py" and "--analyze" not in flags:
         flags += ["--output_dir", "runs/other"]  # the evaluations want the small one
     result = run_script(script, *flags, *SMALL[script], cwd=places, processes=processes)
