@@ -369,7 +369,7 @@ def _blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
-    """Everything after the crop: (B, 3, S, S) in [0, 1] and uniform numbers (B, DRAWS) -> (B, 3, S, S), normalised.
+    """Everything after the crop: (B, 3, S, S) in [0, 1] and uniform numbers (B, DRAWS) -> (B, 3, S, S) in [0, 1].
 
     Each image has its own parameters. Which images an operation touches is decided on the CPU, so nothing waits for the
     device; `x` is changed in place.
@@ -413,7 +413,7 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         rows = chosen(solarize, view.solarize)
         some = x[rows]
         x[rows] = some.lerp(1 - some, (some >= 128 / 255).float())
-    return normalize(x)
+    return x
 
 
 def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
@@ -431,13 +431,13 @@ class ViewLoader:
     `waited` is the number of seconds spent waiting for data so far.
     """
 
-    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers=0):
+    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers=0, mean=MEAN, std=STD):
         if batch_size % world_size():
             raise InputError(f"--batch_size {batch_size} does not divide by {world_size()} processes")
         if len(data) < batch_size:
             raise InputError(f"{len(data)} images are fewer than --batch_size {batch_size}: lower it or add images")
         self.data, self.views, self.batch_size, self.seed = data, views, batch_size, seed
-        self.device, self.num_workers = torch.device(device), num_workers
+        self.device, self.num_workers, self.mean, self.std = torch.device(device), num_workers, mean, std
         self.rows = local_rows(batch_size)  # settled here: a worker has no process group to ask
         self.steps_per_epoch = len(data) // batch_size
         self.waited = 0.0
@@ -485,7 +485,7 @@ class ViewLoader:
                          for view, u in zip(self.views, self.draws(step), strict=True)]
             self.waited += time.perf_counter() - began
             order = np.random.default_rng([self.seed, step, 1001]).permutation(4).tolist()
-            yield step, [augment(crop, view, u, order)
+            yield step, [normalize(augment(crop, view, u, order), self.mean, self.std)
                          for crop, view, u in zip(crops, self.views, self.draws(step), strict=True)], index
 
 

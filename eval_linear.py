@@ -59,7 +59,7 @@ from tqdm import tqdm
 from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Run, TimmBackbone, View,
                     ViewLoader, apply_recipe, autocast, cosine_schedule, crop_and_resize, crop_boxes, distributed, eval_batches,
                     extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes, non_negative,
-                    normalize, rank, run, setup, world_size)
+                    rank, run, setup, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -207,9 +207,9 @@ def seeded(*key: int):
 class RandAugmentLoader(ViewLoader):
     """A ViewLoader whose crops pass through timm's RandAugment, before the flip, in the workers: images in memory too."""
 
-    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers: int, config: str):
+    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers: int, config: str, mean=MEAN, std=STD):
         # the parent takes images that it does not see for files, and leaves the crops to `__getitem__`
-        super().__init__(dataclasses.replace(data, images=None), views, batch_size, seed, device, num_workers)
+        super().__init__(dataclasses.replace(data, images=None), views, batch_size, seed, device, num_workers, mean, std)
         self.images = data.images
         # magnitudes stay just below 10: there timm posterizes to 0 bits, which Pillow refuses
         options = dict(translate_const=int(0.45 * views[0].size), img_mean=(124, 116, 104), magnitude_max=9.99)
@@ -285,12 +285,6 @@ def labelled_data(args) -> tuple[ImageData, ImageData | None, ImageData]:
         if data and len(data) < world_size():
             raise InputError(f"{len(data)} {name} images are too few for {world_size()} processes")
     return train, held, test
-
-
-def training_view(x: Tensor, meta: dict) -> Tensor:
-    """From ImageNet's mean and deviation, which training views come with, to those of the backbone: x itself where they agree."""
-    shift = [(m - ours) / s for m, ours, s in zip(meta["mean"], MEAN, STD, strict=True)]
-    return normalize(x, shift, [s / ours for s, ours in zip(meta["std"], STD, strict=True)])
 
 
 @torch.no_grad()
@@ -399,7 +393,9 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
     erasing = RandomErasing(args.erasing, mode="pixel", device="cpu") if args.erasing else None  # the same pixels on every device
 
     options = (data, [View(meta["img_size"], **args.views)], args.batch_size, args.seed, device, args.num_workers)
-    loader = ViewLoader(*options) if args.randaugment in (None, "none") else RandAugmentLoader(*options, args.randaugment)
+    colours = dict(mean=meta["mean"], std=meta["std"])
+    loader = ViewLoader(*options, **colours) if args.randaugment in (None, "none") else (
+        RandAugmentLoader(*options, args.randaugment, **colours))
     total = args.epochs * loader.steps_per_epoch
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int((args.warmup_epochs or 0) * loader.steps_per_epoch))
     job = Run(args, total, loader.steps_per_epoch)
@@ -425,8 +421,6 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
 
         # images, erased and mixed
         index, targets = index.to(device), data.labels[index].to(device)  # (B,)
-        if not cache:
-            x = training_view(x, meta)
         if erasing:
             x = erase(x, erasing, args.seed, step)
         if mixup:

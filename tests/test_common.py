@@ -376,9 +376,9 @@ ALONE = [
 
 @pytest.mark.parametrize("name, view, values, oracle", ALONE, ids=[case[0] for case in ALONE])
 def test_each_augmentation_alone_equals_torchvision(name, view, values, oracle):
-    """One operation acts, with a known factor for each image; the rest of the pipeline is the normalisation."""
+    """One operation acts, with a known factor for each image; the rest leaves the image alone."""
     x = pictures()
-    result = denormalized(common.augment(x.clone(), view, numbers(4, **values), [0, 1, 2, 3]))
+    result = common.augment(x.clone(), view, numbers(4, **values), [0, 1, 2, 3])
     factors = next(iter(values.values()), PER_ROW).tolist()
     expected = torch.stack([oracle(image, u) for image, u in zip(x, factors, strict=True)])
     torch.testing.assert_close(result, expected, rtol=0, atol=3e-5)
@@ -392,7 +392,7 @@ def test_augmentations_in_sequence_equal_torchvision():
     u = torch.rand(4, common.DRAWS, generator=torch.Generator().manual_seed(3))
     u[:, -len(NUMBERS) :] = u[:, -len(NUMBERS) :] ** 1.5  # more of everything happens
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
-        result = denormalized(common.augment(x.clone(), view, u, order))
+        result = common.augment(x.clone(), view, u, order)
         for i in range(4):
             draws = dict(zip(NUMBERS, u[i, -len(NUMBERS) :].tolist(), strict=True))
             y = x[i]
@@ -423,9 +423,8 @@ def test_augmentations_happen_with_their_probability(name, view, p, happened):
     """Over 5,000 images, within four standard errors."""
     n = 5000
     x = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)).expand(n, -1, -1, -1).clone()
-    untouched = denormalized(common.normalize(x))
-    result = denormalized(common.augment(x.clone(), view, common.draw(0, 7, 1, n, common.DRAWS), [0, 1, 2, 3]))
-    share = happened(untouched, result).double().mean().item()
+    result = common.augment(x.clone(), view, common.draw(0, 7, 1, n, common.DRAWS), [0, 1, 2, 3])
+    share = happened(x, result).double().mean().item()
     assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n), share
 
 
@@ -433,7 +432,7 @@ def test_every_image_has_parameters_of_its_own():
     """One image a hundred times: all its jittered copies differ, and strength covers the range evenly."""
     x = torch.full((100, 3, 8, 8), 0.3)
     view = View(8, flip=0, jitter=(0.4, 0, 0, 0), p_jitter=1.0)
-    y = denormalized(common.augment(x, view, common.draw(0, 0, 0, 100, common.DRAWS), [0, 1, 2, 3]))[:, 0, 0, 0] / 0.3
+    y = common.augment(x, view, common.draw(0, 0, 0, 100, common.DRAWS), [0, 1, 2, 3])[:, 0, 0, 0] / 0.3
     assert len(y.unique()) == 100 and 0.6 <= y.min() < 0.65 and 1.35 < y.max() <= 1.4001
     assert abs(y.mean() - 1) < 4 * 0.8 / math.sqrt(12 * 100)
 
@@ -771,6 +770,14 @@ def test_a_data_set_that_cannot_be_downloaded_is_one_line(name, tmp_path, monkey
     with pytest.raises(InputError, match=rf"{name}.*--data_path") as caught:
         common.load_data(name, str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_views_with_another_normalisation():
+    """The loader's mean and deviation are the caller's, ImageNet's by default."""
+    colours = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    loaders = ViewLoader(memory_data(), [View(16)], 4, 0, "cpu"), ViewLoader(memory_data(), [View(16)], 4, 0, "cpu", **colours)
+    (_, (x,), _), (_, (y,), _) = (next(loader.steps(0, 1)) for loader in loaders)
+    torch.testing.assert_close(tv.normalize(denormalized(x), *colours.values()), y, rtol=0, atol=1e-5)
 
 
 def test_eval_batches_of_memory_and_files(tmp_path):

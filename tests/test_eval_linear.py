@@ -508,13 +508,6 @@ def test_mixing_by_the_definition(alphas, kinds):
     assert found == kinds
 
 
-def test_views_for_other_peoples_normalisation():
-    x = torch.rand(2, 3, 4, 4)
-    torch.testing.assert_close(eval_linear.training_view(normalize(x, MEAN, STD), dict(mean=[0.5] * 3, std=(0.4, 0.5, 0.6))),
-                               normalize(x, [0.5] * 3, (0.4, 0.5, 0.6)))
-    assert torch.equal(eval_linear.training_view(x, dict(mean=list(MEAN), std=STD)), x)
-
-
 # --------------------------------------------------------------------------------------------------------------- promises
 
 
