@@ -566,6 +566,22 @@ class Block(nn.Module):
         x = x + keep[:, :1, None] * self.attn(self.norm1(x))
         return x + keep[:, 1:, None] * self.mlp(self.norm2(x))
 
+    def attention(self, x: Tensor) -> Tensor:
+        """The weights (B, heads, T, T) with which `forward` attends."""
+        return self.attn.weights(self.norm1(x))
+
+
+class PostNormBlock(Block):
+    """The same parts as in the first transformer, and in Data2Vec2: each norm comes after its residual sum."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        keep = x.new_ones(len(x), 2) if keep is None else keep
+        x = self.norm1(x + keep[:, :1, None] * self.attn(x))
+        return self.norm2(x + keep[:, 1:, None] * self.mlp(x))
+
+    def attention(self, x: Tensor) -> Tensor:
+        return self.attn.weights(x)
+
 
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_chans: int, dim: int):
@@ -591,11 +607,12 @@ class VisionTransformer(nn.Module):
     """ViT as in timm and DINO, with their state-dict keys; beyond those only `mask_token`, unused unless a mask is given.
 
     pos_embed: "learnt", or "sincos" for fixed ones. drop_path: stochastic depth, rising linearly to this at the last block.
+    post_norm: blocks as in Data2Vec2, a norm before the first and none after the last; its key is timm's for that place.
     Weights start Xavier-uniform with q, k and v as three matrices (MoCo v3, MAE); the patch projection likewise.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, in_chans=3,
-                 pos_embed="learnt", drop_path=0.0):
+                 pos_embed="learnt", drop_path=0.0, post_norm=False):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
@@ -610,8 +627,10 @@ class VisionTransformer(nn.Module):
         positions = sincos_positions(embed_dim, self.grid) if pos_embed == "sincos" else (
             nn.init.trunc_normal_(torch.empty(1, 1 + math.prod(self.grid), embed_dim), std=0.02))
         self.pos_embed = nn.Parameter(positions, requires_grad=pos_embed != "sincos")
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        block, norm = PostNormBlock if post_norm else Block, nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm_pre = norm if post_norm else nn.Identity()
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.Identity() if post_norm else norm
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -639,7 +658,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions(grid)  # (B, 1+N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions(grid)  # (B, 1+N, D)
+        return self.norm_pre(x)
 
     def block_outputs(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
         """Every block's output (B, 1+N, D), before the final norm.
@@ -674,7 +694,7 @@ class VisionTransformer(nn.Module):
         x = self.tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+        return self.blocks[-1].attention(x)
 
 
 def _vit(**defaults):

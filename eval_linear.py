@@ -7,9 +7,10 @@ learning rate of a grid. All layers x rates are one batched matmul on one forwar
              frozen      [CLS], mean    so that the scale of the                                   R rates, K classes
                          or both        features does not matter
 
-A tenth of the training images, the same share of each class, is held out. By it each layer chooses its rate; then the chosen
-probes, as they are, look at the test images once. `--layers all` gives the multi-exit curve (SDSSL, Fig. 3). `--cached`
-makes every feature once, from whole images.
+Each probe has the L2 penalty of scikit-learn's logistic regression (C = 1: half the squared weights over the number of images,
+next to nothing on ImageNet), and ends within a point of it. A tenth of the training images, the same share of each class, is
+held out. By it each layer chooses its rate; then the chosen probes, as they are, look at the test images once. `--layers all`
+gives the multi-exit curve (SDSSL, Fig. 3). `--cached` makes every feature once, from whole images.
 
 Fine-tuning (`--finetune all` or `head`). Pooled tokens -> LayerNorm -> linear, AdamW with layer decay (d2v_kd, Eq. 7):
     lr_l = lr * d^(L+1-l)     layer 0: patch projection, [CLS], positions; layer L+1: norms and head
@@ -26,7 +27,8 @@ Layer decay, Mixup, CutMix, RandAugment and random erasing are timm's. It learns
     probes               MoCo v3                DINO                     here
     feature              [CLS]                  [CLS] of last 4 or 1     [CLS], patch mean or both, of each layer
     before the linear    nothing                nothing                  BatchNorm without parameters, as MAE
-    optimiser            SGD 0.9, no decay, batch 1024, 90 epochs        the same; DINO: 100 epochs
+    optimiser            SGD 0.9, batch 1024, 90 epochs                  the same; DINO: 100 epochs
+    weight decay         none                   none                     1/N, as scikit-learn; --weight_decay 0 as theirs
     learning rate        3 for ViTs             0.001                    a grid; for a batch of 256, as theirs
     cosine               for each epoch         for each epoch           for each step
     chosen               the epoch, by test     the epoch, by test       the rate, by held-out training images
@@ -66,7 +68,7 @@ from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageD
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 WHOLE = dict(scale=(0.9, 1.0), flip=0.0)  # by trial: a digit that is cut or flipped is another one, or none
 PROBE_RECIPES = {
-    "digits": dict(epochs=90, batch_size=128, lr=RATES, views=WHOLE),
+    "digits": dict(epochs=200, batch_size=128, lr=RATES, views=WHOLE),
     "mnist": dict(epochs=20, batch_size=256, lr=RATES, views=WHOLE),
     "cifar10": dict(epochs=90, batch_size=256, lr=RATES, views=dict(scale=(0.3, 1.0))),
     "imagenet": dict(epochs=90, batch_size=1024, lr=RATES, views=dict(scale=(0.08, 1.0))),  # MoCo v3
@@ -146,6 +148,18 @@ class Probes(nn.Module):
             x = torch.stack([F.pad(f.float(), (0, width - f.shape[1])) for f in features], 1)  # (B, L, D)
             x = self.norm(x.flatten(1)).view_as(x).transpose(0, 1)  # (L, B, D)
             return torch.baddbmm(self.bias, x, self.weight).unflatten(2, (self.rates, -1))  # (L, B, R, K)
+
+    def standardize_by(self, features: list[Tensor]) -> None:
+        """Mean and variance of all training features (N, D_l) at once, in place of each batch's."""
+        spread = [torch.var_mean(F.pad(f, (0, self.weight.shape[1] - f.shape[1])), 0) for f in features]
+        variance, mean = (torch.cat(parts) for parts in zip(*spread, strict=True))  # (L*D,)
+        self.norm.running_var.copy_(variance)
+        self.norm.running_mean.copy_(mean)
+        self.norm.eval()
+
+    def penalty(self) -> Tensor:
+        """(L, R): half the squared weights of each probe."""
+        return self.weight.unflatten(2, (self.rates, -1)).pow(2).sum((1, 3)) / 2
 
 
 class Classifier(nn.Module):
@@ -382,7 +396,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
         dims = pooled_dims(backbone, args.pool, args.layers == "all")
         network = Probes(dims, len(args.lr), classes).to(device)
         optimizer = torch.optim.SGD(network.parameters(), momentum=0.9)
-        # a probe's rate is the weight of its loss: SGD with momentum and no weight decay is linear in the gradient
+        # a probe's rate is the weight of its loss: SGD with momentum is linear in the gradient
         L, rates, peak_lr = len(dims), torch.tensor(args.lr, device=device), scale  # rates (R,)
     model = distributed(network)
     if args.compile:
@@ -408,6 +422,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
         cache = extract_features(frozen, data, meta["img_size"], device, layers=True, dtype=args.dtype,
                                  num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])  # L of (N, D_l)
         cache = [f.to(device) for f in cache]
+        network.standardize_by(cache)
         batches = ((step, [None], loader.index(step)) for step in range(job.start, job.stop))
 
     def state():
@@ -431,7 +446,8 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
             inputs = x if finetuned else [f[index] for f in cache] if cache else frozen(x)  # for probes L of (B, D_l)
             logits = model(inputs)  # (L, B, R, K)
         losses = sample_losses(logits, targets, args.smoothing if finetuned and not mixup else 0.0).mean(1)  # (L, R)
-        loss = (losses * rates).sum()
+        decay = 0.0 if finetuned else args.weight_decay * network.penalty()  # (L, R)
+        loss = ((losses + decay) * rates).sum()
 
         # backward and step
         optimizer.zero_grad(set_to_none=True)
@@ -490,9 +506,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--epochs", type=non_negative)
     group.add_argument("--batch_size", type=int, help="global, over all processes")
     group.add_argument("--lr", type=float, nargs="+", help="for a batch of 256; scaled linearly; for probes a grid")
+    group.add_argument("--weight_decay", type=float, help="(default for probes: 1 / training images, scikit-learn's C = 1)")
     group.add_argument("--max_steps", type=non_negative, help="stop here, without a test; schedules still span --epochs")
     group = parser.add_argument_group("fine-tuning (defaults: recipe)")
-    for name, meaning in {"warmup_epochs": None, "weight_decay": None, "layer_decay": "a layer's rate over that of the next one",
+    for name, meaning in {"warmup_epochs": None, "layer_decay": "a layer's rate over that of the next one",
                           "mixup": "alpha, 0 for none", "cutmix": "alpha, 0 for none", "smoothing": "of the labels",
                           "erasing": "probability that a part of an image is erased"}.items():
         group.add_argument(f"--{name}", type=float, help=meaning)
@@ -514,8 +531,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "holdout": (0, 0.9), "lr": (0, 1e6)}
-FINETUNE_LIMITS = {"warmup_epochs": (0, 1e6), "weight_decay": (0, 1e3), "layer_decay": (0.01, 1), "mixup": (0, 1e3),
+LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "holdout": (0, 0.9), "lr": (0, 1e6), "weight_decay": (0, 1e3)}
+FINETUNE_LIMITS = {"warmup_epochs": (0, 1e6), "layer_decay": (0.01, 1), "mixup": (0, 1e3),
                    "cutmix": (0, 1e3), "erasing": (0, 1), "smoothing": (0, 0.99), "randaugment": None}
 
 
@@ -526,7 +543,7 @@ def main():
     for name, limits in (LIMITS | FINETUNE_LIMITS).items():
         given = getattr(args, name)
         if given is not None and name in FINETUNE_LIMITS and not args.finetune:
-            raise InputError(f"--{name} is for --finetune: probes have no decay, and no augmentation but crops and flips")
+            raise InputError(f"--{name} is for --finetune: probes have no augmentation but crops and flips")
         for value in given if isinstance(given, list) else [given]:
             if limits and value is not None and not limits[0] <= value <= limits[1]:
                 raise InputError(f"--{name} must be between {limits[0]:g} and {limits[1]:g}, not {value:g}")
@@ -547,6 +564,8 @@ def main():
     apply_recipe(args, FINETUNE_RECIPES if args.finetune else PROBE_RECIPES, data)
     if isinstance(args.lr, dict):
         args.lr = args.lr[args.finetune]
+    if args.weight_decay is None:
+        args.weight_decay = 1 / len(data)
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--batch_size {args.batch_size} is odd, and Mixup and CutMix pair the images: make it even")
     source = "timm's pretrained weights" if arch.startswith("timm/") else "random weights, for want of --checkpoint"

@@ -150,9 +150,12 @@ def test_batched_probes_are_those_trained_one_by_one(checkpoints, evaluate, monk
         found = []
         for r, rate in enumerate(rates):
             model = nn.Sequential(nn.BatchNorm1d(96, eps=1e-6, affine=False), nn.Linear(96, 10))
+            model[0].running_mean, model[0].running_var = features[l].mean(0), features[l].var(0)
+            model[0].eval()
             part = slice(10 * r, 10 * (r + 1))
             model[1].weight.data, model[1].bias.data = started[0]["weight"][l, :, part].T.clone(), torch.zeros(10)
-            optimizer = torch.optim.SGD(model.parameters(), lr=rate * batch / 256, momentum=0.9, weight_decay=0)
+            groups = [dict(params=[model[1].weight], weight_decay=1 / len(train)), dict(params=[model[1].bias], weight_decay=0)]
+            optimizer = torch.optim.SGD(groups, lr=rate * batch / 256, momentum=0.9)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             for step in range(steps):
                 index = order.index(step)
@@ -216,7 +219,7 @@ def test_the_scale_of_the_features_does_not_matter(checkpoints, evaluate, monkey
         assert abs(one["test_top1"] - other["test_top1"]) < 1 and one["test_top1"] > 60
 
 
-@pytest.mark.parametrize("pool", ["mean", "both"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "both"])
 def test_logistic_regression_of_scikit_learn(pool, checkpoints, evaluate, tmp_path):
     evaluate("a", "--checkpoint", checkpoints["vit"], "--layers", "all", "--cached", "--pool", pool)
     (train, _), test = hold_out(load_data("digits")[0], 0.1, 0), load_data("digits")[1]
