@@ -989,6 +989,9 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
     meta.update(backbone=options, img_size=img_size or options["img_size"] or backbone.img_size)
+    if isinstance(backbone, VisionTransformer) and meta["img_size"] % backbone.patch_size:
+        side = meta["img_size"]
+        raise InputError(f"images of {side} x {side} are not a multiple of patch size {backbone.patch_size}: change --img_size")
     return backbone.eval().requires_grad_(False), meta
 
 
