@@ -159,6 +159,11 @@ class ImageData:
     def labelled(self) -> bool:
         return bool((self.labels >= 0).any())
 
+    def subset(self, rows: Tensor) -> "ImageData":
+        """Some of the images, in the order of `rows` (n,)."""
+        return ImageData(self.labels[rows], self.classes, None if self.images is None else self.images[rows],
+                         [self.paths[i] for i in rows.tolist()] if self.paths else None)
+
     def image_size(self) -> tuple[int, int]:
         """Height and width; of the first image where they are files."""
         return tuple((self.images[0] if self.images is not None else read_image(self.paths[0])).shape[-2:])

@@ -268,11 +268,6 @@ def mix(x: Tensor, labels: Tensor, mixup: Mixup, seed: int, step: int) -> tuple[
 # --------------------------------------------------------------------------------------------------- data, evaluation
 
 
-def subset(data: ImageData, rows: Tensor) -> ImageData:
-    return ImageData(data.labels[rows], data.classes, None if data.images is None else data.images[rows],
-                     [data.paths[i] for i in rows.tolist()] if data.paths else None)
-
-
 def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, ImageData | None]:
     """-> the labelled images to learn from and, the same share of each class, those to choose by (None where share is 0)."""
     order = torch.from_numpy(np.random.default_rng([seed, 1005]).permutation(len(data)))
@@ -281,7 +276,7 @@ def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, Image
     held = torch.from_numpy(np.diff(np.floor(np.arange(len(order) + 1) * share + 1e-9)) > 0)
     if share and not held.any():
         raise InputError(f"{len(order)} labelled training images are too few to hold out {share:g} of them: raise --holdout")
-    return subset(data, order[~held].sort()[0]), subset(data, order[held].sort()[0]) if share else None
+    return data.subset(order[~held].sort()[0]), data.subset(order[held].sort()[0]) if share else None
 
 
 def labelled_data(args) -> tuple[ImageData, ImageData | None, ImageData]:
