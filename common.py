@@ -337,6 +337,8 @@ def _resize_weights(start: Tensor, length: Tensor, size: int, out: int) -> Tenso
 def crop_and_resize(images: Tensor, boxes: Tensor, out: int) -> Tensor:
     """(B, 3, H, W) in [0, 1] and a box for each -> (B, 3, out, out), as two batched matmuls on the images' device."""
     B, C, H, W = images.shape
+    if H == W == out and (boxes[:, 2:] == out).all():
+        return images  # all of them whole, and of the right size
     top, left, height, width = boxes.to(images.device).unbind(1)
     x = images.reshape(B, C * H, W) @ _resize_weights(left, width, W, out).transpose(1, 2)  # (B, C*H, out)
     return _resize_weights(top, height, H, out)[:, None] @ x.view(B, C, H, out)  # (B, C, out, out)
