@@ -1,6 +1,10 @@
-"""eval_knn.py: the classifier against a naive loop, other people's checkpoints, the command line, and bad input."""
+"""eval_knn.py: each measure against hand-computed values and naive loops, other people's checkpoints, every task in its real
+file layout, the command line, and bad input."""
 import argparse
+import io
+import json
 import math
+import pickle
 import re
 import shlex
 import signal
@@ -13,9 +17,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_one_line_error, run_script
-from PIL import Image
+from matplotlib.axes import Axes
+from PIL import Image, ImageFilter
 from sklearn.neighbors import KNeighborsClassifier
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor, resize
 
 import common
 import eval_knn
@@ -368,6 +373,7 @@ def test_digits_against_scikit_learn(ours, digits_features):
 
 def test_all_layers_in_one_pass(ours, digits_features, evaluate, tmp_path):
     result = evaluate("--checkpoint", ours, "--layers", "all", "--k", 20, 5000, 9000, "--features", tmp_path / "new" / "f.pth")
+    assert "best: layer" in result.stdout
     found, (layers, labels) = table(result), digits_features
     assert list(found) == [(str(layer), k) for layer in (1, 2, 3) for k in (20, 1437)]  # k is cut, and shown once
     saved = torch.load(tmp_path / "new" / "f.pth", weights_only=True)
@@ -566,3 +572,789 @@ def test_missing_keys_are_named(evaluate, ours, small_folder, tmp_path):
 def test_features_into_a_directory(evaluate, ours, small_folder, tmp_path):
     result = evaluate("--checkpoint", ours, "--data", small_folder, "--features", tmp_path)
     assert_one_line_error(result, "is a directory", "features.pth")
+
+
+# --------------------------------------------------------------------------------------------- average precision, whitening
+
+
+def similarities(order):
+    """(N,) such that images are ranked in this order."""
+    values = torch.zeros(len(order))
+    values[torch.tensor(order)] = torch.linspace(1, -1, len(order))
+    return values
+
+
+def test_average_precision_by_hand():
+    # positives at ranks 0 and 2: trapezoids (1 + 1) / 2 and (1/2 + 2/3) / 2, each half of the recall
+    assert eval_knn.average_precision([0, 2], 2) == pytest.approx((1 + 7 / 12) / 2)
+    assert eval_knn.average_precision([1], 1) == 0.25  # (0 / 1 + 1 / 2) / 2
+    assert eval_knn.average_precision([0, 1, 2], 3) == 1
+
+
+def test_easy_hard_and_junk_by_hand():
+    # ranked: 4 (junk), 0 (easy), 3 (nothing), 1 (hard), 2 (hard), 5 (nothing)
+    ranked = similarities([4, 0, 3, 1, 2, 5])
+    medium, *at = eval_knn.judge(ranked, [0, 1, 2], [4])  # ranks 0, 2, 3 once the junk is gone
+    assert medium == pytest.approx(((1 + 1) + (1 / 2 + 2 / 3) + (2 / 3 + 3 / 4)) / 6)
+    assert at == pytest.approx([1, 3 / 4, 3 / 4])  # k is cut to 4, the last positive's rank
+    hard, *at = eval_knn.judge(ranked, [1, 2], [4, 0])  # the easy one is junk as well: ranks 1, 2
+    assert hard == pytest.approx(((0 + 1 / 2) + (1 / 2 + 2 / 3)) / 4)
+    assert at == pytest.approx([0, 2 / 3, 2 / 3])
+    assert eval_knn.judge(ranked, [4], [0]) == [1, 1, 1, 1] == eval_knn.judge(ranked, [4], [4, 0])  # a positive is not junk
+
+
+def test_judge_is_a_naive_loop():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        labels = generator.integers(0, 4, 30).tolist()  # 0: nothing, 1: positive, 2: junk, 3: nothing
+        labels[0] = 1
+        order = generator.permutation(30).tolist()
+        seen = positives = 0
+        total, hits, number = 0.0, [], labels.count(1)
+        for image in order:
+            if labels[image] == 2:
+                continue
+            if labels[image] == 1:
+                before = positives / seen if seen else 1.0
+                total += (before + (positives + 1) / (seen + 1)) / 2 / number
+                positives += 1
+            seen += 1
+            hits.append(labels[image] == 1)
+        last = max(i for i, hit in enumerate(hits) if hit) + 1
+        expected = [total] + [sum(hits[: min(k, last)]) / min(k, last) for k in (1, 5, 10)]
+        found = eval_knn.judge(similarities(order), *([i for i in range(30) if labels[i] == kind] for kind in (1, 2)))
+        assert found == pytest.approx(expected)
+
+
+def test_whitening_against_its_closed_form():
+    points = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) + torch.tensor([5.0, 7])  # variances 2 and 1/2
+    mean, matrix = eval_knn.whitening(points)
+    assert mean.tolist() == [5, 7]
+    # ascending variances: y / sqrt(1/2), x / sqrt(2), up to signs
+    torch.testing.assert_close(matrix.abs(), torch.tensor([[0, 0.5**0.5], [2**0.5, 0]]))
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    mean, matrix = eval_knn.whitening(points @ turn)
+    white = (points @ turn - mean) @ matrix
+    torch.testing.assert_close(white.T @ white / 4, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_whitening_leaves_empty_directions_out():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 9, generator=generator)  # 5 points span 4 dimensions
+    mean, matrix = eval_knn.whitening(features)
+    white = (features - mean) @ matrix
+    assert matrix.shape == (9, 4) and matrix.dtype == torch.float32
+    with pytest.raises(InputError, match="whitening cannot be learnt from 1 images"):
+        eval_knn.whitening(features[:1])
+    torch.testing.assert_close(white.T @ white / 5, torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_gem_by_hand():
+    patches = torch.tensor([[1.0, -3], [2, -1]]).view(1, 2, 1, 2)
+    torch.testing.assert_close(eval_knn.gem(patches), torch.tensor([[(17 / 2) ** 0.25, 1e-6]]))
+    torch.testing.assert_close(eval_knn.gem(patches, p=1)[:, 0], torch.tensor([1.5]))
+    assert eval_knn.gem(patches.bfloat16()).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------- J and F
+
+
+def rectangle(top, left, height, width, size=(100, 100)):
+    mask = np.zeros(size, bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def test_region_similarity_by_hand():
+    a, b = rectangle(0, 0, 4, 4), rectangle(0, 2, 4, 4)
+    assert eval_knn.region_similarity(a, b) == 8 / 24
+    assert eval_knn.region_similarity(a, a) == 1 and eval_knn.region_similarity(a, ~a) == 0
+    assert eval_knn.region_similarity(a & ~a, a & ~a) == 1 and eval_knn.region_similarity(a & ~a, a) == 0
+    assert eval_knn.region_similarity(a, b, void=rectangle(0, 4, 4, 2)) == 8 / 16  # the part of b beyond a is void
+
+
+def test_boundary_by_hand():
+    found = eval_knn.boundary(rectangle(1, 1, 2, 2, (5, 5)))
+    assert found.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5, [0] * 5]
+    found = eval_knn.boundary(rectangle(2, 2, 3, 3, (4, 4)))  # beyond the border there is no boundary
+    assert found.astype(int).tolist() == [[0] * 4, [0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]]
+
+
+def test_contour_accuracy_by_hand():
+    square, none = rectangle(40, 40, 10, 10), rectangle(0, 0, 0, 0)
+    assert eval_knn.contour_accuracy(square, square) == 1 and eval_knn.contour_accuracy(none, none) == 1
+    assert eval_knn.contour_accuracy(square, none) == 0 and eval_knn.contour_accuracy(none, square) == 0
+    # 0.8 % of the diagonal of 100 x 100 is 1.13, rounded up 2 pixels
+    assert eval_knn.contour_accuracy(square, rectangle(40, 42, 10, 10)) == 1
+    assert eval_knn.contour_accuracy(square, rectangle(40, 80, 10, 10)) == 0
+    # a vertical edge moved by 3 pixels and a horizontal one that stays: of the found boundary 49 + 50 pixels the 49 upright
+    # ones miss but for ... counted by the naive loop below
+    assert 0 < eval_knn.contour_accuracy(square, rectangle(40, 43, 10, 10)) < 1
+    edge, moved = rectangle(0, 0, 100, 50), rectangle(0, 0, 100, 53)
+    assert eval_knn.contour_accuracy(edge, moved) == 0 and eval_knn.contour_accuracy(edge, rectangle(0, 0, 100, 52)) == 1
+    half = rectangle(0, 0, 100, 50) & ~rectangle(50, 0, 50, 50)  # the upper half of the edge, and one below it
+    assert eval_knn.contour_accuracy(half, edge) == pytest.approx(naive_f(half, edge))
+    assert eval_knn.contour_accuracy(edge, moved, void=rectangle(0, 50, 100, 3)) == 1
+
+
+def naive_f(found, true, tolerance=0.008):
+    """Boundaries, and a disk about each of their pixels, in Python loops."""
+    H, W = found.shape
+    radius = math.ceil(tolerance * math.sqrt(H * H + W * W))
+
+    def edges(mask):
+        at = lambda i, j: mask[min(i, H - 1), min(j, W - 1)]
+        return {(i, j) for i in range(H) for j in range(W)
+                if any(at(i, j) != at(i + di, j + dj) for di, dj in ((0, 1), (1, 0), (1, 1)))}
+
+    def reached(pixels):
+        reach = range(-radius, radius + 1)
+        disk = [(i, j) for i in reach for j in reach if i * i + j * j <= radius * radius]
+        return {(i + di, j + dj) for i, j in pixels for di, dj in disk}
+
+    found, true = edges(found), edges(true)
+    if not found or not true:
+        return float(found == true)
+    precision, recall = len(found & reached(true)) / len(found), len(true & reached(found)) / len(true)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def test_contour_accuracy_is_dilation_by_a_disk():
+    generator = torch.Generator().manual_seed(0)
+    for trial, size in enumerate([(30, 40), (160, 90), (97, 20)] * 3):
+        soft = F.interpolate(torch.randn(1, 2, 5, 6, generator=generator), size, mode="bilinear")[0]
+        a, b = (soft[0] > 0).numpy(), (soft[0] + 0.2 * trial * soft[1] > 0.1).numpy()
+        assert eval_knn.contour_accuracy(a, b) == pytest.approx(naive_f(a, b))
+        assert eval_knn.contour_accuracy(a, b, tolerance=0.05) == pytest.approx(naive_f(a, b, 0.05))
+
+
+# ------------------------------------------------------------------------------------------------------ label propagation
+
+
+def naive_propagation(features, labels, target, k, temperature, reach):
+    n, h, w, _ = features.shape
+    found = torch.zeros(h, w, labels.shape[-1])
+    for i in range(h):
+        for j in range(w):
+            near = [(F.cosine_similarity(target[i, j], features[f, y, x], 0).item(), f, y, x) for f in range(n)
+                    for y in range(h) for x in range(w) if abs(y - i) <= reach and abs(x - j) <= reach]
+            best = sorted(near, reverse=True)[:k]
+            weights = [math.exp(c / temperature) for c, *_ in best]
+            for weight, (_, f, y, x) in zip(weights, best, strict=True):
+                found[i, j] += weight / sum(weights) * labels[f, y, x]
+    return found
+
+
+@pytest.mark.parametrize("k, temperature, reach", [(5, 0.1, 1), (1, 0.1, 3), (9, 1.0, 2), (500, 0.5, 9)])
+def test_propagation_is_a_naive_loop(k, temperature, reach):
+    generator = torch.Generator().manual_seed(0)
+    features, target = torch.randn(3, 4, 5, 6, generator=generator), torch.randn(4, 5, 6, generator=generator)
+    labels = torch.rand(3, 4, 5, 2, generator=generator)
+    expected = naive_propagation(features, labels, target, k, temperature, reach)
+    found = eval_knn.propagate(features, labels, target, k, temperature, reach)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_bound_what_propagation_holds(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features, target = torch.randn(4, 40, 40, 8, generator=generator), torch.randn(40, 40, 8, generator=generator)
+    labels, sizes, topk = torch.rand(4, 40, 40, 3, generator=generator), [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *rest: sizes.append(x.numel()) or topk(x, *rest))
+    found = [eval_knn.propagate(features, labels, target, neighbourhood=5, chunk=chunk) for chunk in (1, 4, 512)]
+    assert max(sizes[:40]) <= 2**18 and len(sizes) == 40 + 10 + 1  # one row of patches at a time, four, all
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+    assert eval_knn.at_once(1, 1000) == 262 and eval_knn.at_once(1, 10**9) == 1
+
+
+def moving_square(step, size=(96, 128), side=24):
+    return rectangle(8 + 4 * (step // 2), 8 + 4 * step, side, side, size)
+
+
+def test_moving_square_with_ideal_features():
+    """Features that say what a patch shows carry the square along."""
+    settings = argparse.Namespace(k=[5], temperature=0.1, neighbourhood=12, context=7, chunk=512)
+    generator = torch.Generator().manual_seed(0)
+    names = F.normalize(torch.randn(4 + 24 * 24 // 16, 64, generator=generator), dim=1)  # background, and parts of the square
+
+    def ideal(step):
+        what = np.zeros((96, 128), int)
+        what[moving_square(step)] = np.arange(1, 37).reshape(6, 6).repeat(4, 0).repeat(4, 1).flatten()
+        return names[torch.from_numpy(what[2::4, 2::4])]  # (24, 32, 64)
+
+    objects, labels = eval_knn.first_labels(moving_square(0).astype(np.uint8), (24, 32), "mask.png")
+    assert objects == 1 and labels.shape == (24, 32, 2)
+    track, scores = eval_knn.Tracker(ideal(0), labels, settings), []
+    for step in range(1, 16):
+        mask = eval_knn.hard_labels(track(ideal(step)), (96, 128)) == 1
+        scores.append(eval_knn.region_similarity(mask, moving_square(step)))
+    assert min(scores) > 0.95 and np.mean(scores) > 0.98
+
+
+def test_tracker_remembers_the_first_frame_and_the_last(monkeypatch):
+    seen = []
+
+    def note(features, labels, target, *_):
+        seen.append((features[:, 0, 0, 0].tolist(), labels[:, 0, 0, 0].tolist()))
+        return 10 * target
+
+    monkeypatch.setattr(eval_knn, "propagate", note)
+    settings = argparse.Namespace(k=[5], temperature=0.1, neighbourhood=12, context=3, chunk=512)
+    frames = [torch.full((1, 1, 1), float(i)) for i in range(6)]
+    track = eval_knn.Tracker(frames[0], frames[0] - 1, settings)
+    for frame in frames[1:]:
+        track(frame)
+    assert [f for f, _ in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 2, 3, 4]]
+    assert seen[-1][1] == [-1, 20, 30, 40]
+
+
+def test_soft_labels_are_stretched_before_the_largest_wins():
+    labels = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.9, 0.1]]).view(1, 3, 2)
+    assert eval_knn.hard_labels(labels, (1, 3)).tolist() == [[0, 1, 0]]
+    assert eval_knn.hard_labels(torch.ones(2, 2, 1), (4, 4)).max() == 0  # nothing to stretch
+
+
+# ----------------------------------------------------------------------------------------------------------- ground truths
+
+
+def ground_truth(array=list, number=int):
+    return {"imlist": ["a", "b", "c", "d"], "qimlist": ["q"],
+            "gnd": [{"bbx": array([1.5, 2.0, 30.0, 40.0]), "easy": array([0]), "hard": array([1, number(3)]), "junk": array([])}]}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("array", [list, np.array, lambda x: np.array(x, ">i4"), lambda x: np.array(x, object)])
+def test_ground_truths_of_all_makers(protocol, old, array, tmp_path):
+    truth = ground_truth(array, np.int64)
+    truth["gnd"][0]["bbx"] = np.array([1.5, 2.0, 30.0, 40.0], np.float32)
+    truth["gnd"][0]["junk"] = np.array([], int) if array is np.array else []  # an empty float array indexes nothing either
+    content = pickle.dumps(truth, protocol)
+    if old and protocol < 4:
+        content = content.replace(b"numpy._core", b"numpy.core")  # the module's name before NumPy 2
+    (tmp_path / "gnd_x.pkl").write_bytes(content)
+    found = eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl")
+    assert found == ground_truth() and type(found["gnd"][0]["hard"][0]) is int
+
+
+def test_ground_truth_of_python_2(tmp_path):
+    text = b"(dS'imlist'\n(lS'a'\naS'b'\nasS'qimlist'\n(lS'a'\nasS'gnd'\n(l(dS'bbx'\n(lF1.5\naI2\naI3\naI4\nasS'easy'\n"
+    text += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\ntcnumpy\ndtype\n(S'i8'\nI0\nI1\ntR"
+    text += b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\ntbsS'hard'\n(lsS'junk'\n(lsas."
+    (tmp_path / "gnd_x.pkl").write_bytes(text)
+    found = eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl")
+    assert found["imlist"] == ["a", "b"] and found["gnd"][0]["easy"] == [1]
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def pointers():
+    """An array whose dtype says that its bytes are no pointers, where they are: NumPy would follow them."""
+    kind = np.dtype([("a", "O")])
+    state = list(kind.__reduce__()[2])
+    state[7] = 0  # the flags
+
+    class Kind:
+        def __reduce__(self):
+            return np.dtype, ("V8", False, True), tuple(state)
+
+    class Array:
+        def __reduce__(self):
+            return np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (1,), Kind(), False, b"\x01" * 8)
+
+    return Array()
+
+
+HOSTILE = {
+    "a command": lambda mark: Call(__import__("os").system, f"touch {mark}"),
+    "eval": lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"),
+    "a file": lambda mark: Call(open, str(mark), "w"),
+    "getattr": lambda mark: Call(getattr, Call(eval, "[]"), "append"),
+    "numpy's own loader": lambda mark: Call(np.load, str(mark)),
+    "numpy.save": lambda mark: Call(np.save, str(mark), [1]),
+    "pointers": lambda mark: pointers(),
+    "a tensor": lambda mark: torch.zeros(1),
+    "a path": lambda mark: mark,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_ground_truth_is_refused(name, evaluate, ours, tmp_path):
+    mark = tmp_path / "mark.npy"
+    for protocol in (0, 2, 5):
+        (tmp_path / "gnd_roxford5k.pkl").write_bytes(pickle.dumps({**ground_truth(), "more": HOSTILE[name](mark)}, protocol))
+        result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", tmp_path)
+        assert_one_line_error(result, "gnd_roxford5k.pkl is refused", "plain containers and NumPy arrays only")
+        assert not mark.exists()
+
+
+def changed(**values):
+    truth = ground_truth()
+    truth["gnd"][0] |= {key: value for key, value in values.items() if key in truth["gnd"][0]}
+    return truth | {key: value for key, value in values.items() if key in truth}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a pickle", pickle.dumps(ground_truth())[:-9], [1, 2], {}, changed(imlist=[]), changed(qimlist=[]), changed(gnd=[]),
+    changed(gnd=5), changed(imlist=["a", "b", "c", "../d"]), changed(imlist=[1, 2, 3, 4]), changed(bbx=[1, 2, 3]),
+    changed(bbx=[1, 2, 3, math.nan]), changed(bbx="1234"), changed(easy=[4]), changed(hard=[-1]), changed(junk=["a"]),
+    changed(easy=7)])
+def test_bad_ground_truth(content, tmp_path):
+    path = tmp_path / "gnd_x.pkl"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(InputError, match="gnd_x.pkl is (refused|no ground truth)"):
+        eval_knn.read_ground_truth(path)
+
+
+# ----------------------------------------------------------------------------------------- retrieval and copies, in real layouts
+
+
+def table_of(result):
+    """{(layer, setup): [values]} of what retrieval, copy and video print."""
+    assert result.returncode == 0, (result.stdout, result.stderr)
+    rows = re.findall(r"^ *(last|\d+) +(Medium|Hard|strong|val) +([\d. ]+)$", result.stdout, re.M)
+    return {(layer, setup): [float(value) for value in values.split()] for layer, setup, values in rows}
+
+
+def disturbed(image, strength, generator):
+    """Cropped, shrunk, blurred, squeezed by JPEG, painted over: as the copies of Copydays, harder with `strength` 0 ... 1."""
+    share = 1 - 0.5 * strength * generator.random()
+    width, height = (int(share * length) for length in image.size)
+    left, top = (int(generator.random() * (whole - part)) for whole, part in zip(image.size, (width, height), strict=True))
+    image = image.crop((left, top, left + width, top + height)).resize((int(200 - 80 * strength), int(180 - 80 * strength)))
+    image = image.filter(ImageFilter.GaussianBlur(1.5 * strength))
+    if strength > 0.5:
+        image.paste((int(255 * generator.random()),) * 3, (0, 0, image.width, image.height // 6))
+    stream = io.BytesIO()
+    image.save(stream, "jpeg", quality=int(90 - 75 * strength))
+    return Image.open(stream)
+
+
+@pytest.fixture(scope="module")
+def small_photos(photos, tmp_path_factory):
+    """48 of the photographs, 160 pixels wide or high at most, to be quick."""
+    root = tmp_path_factory.mktemp("photos")
+    for path in sorted(photos.glob("*.jpg"))[::4][:48]:
+        with Image.open(path) as image:
+            image.thumbnail((160, 160))
+            image.convert("RGB").save(root / path.name, quality=95)
+    return sorted(root.glob("*.jpg"))
+
+
+def make_copydays(root, paths, originals, distractors, strength):
+    """Copydays' layout: the first photographs with two copies of each, the next as distractors, the rest for whitening."""
+    generator = np.random.default_rng(0)
+    for name in ("original", "strong", "distractors/deep", "whitening"):
+        (root / name).mkdir(parents=True)
+    for i, path in enumerate(paths):
+        image = Image.open(path).convert("RGB")
+        if i >= originals:
+            image.save(root / ("distractors/deep" if i < originals + distractors else "whitening") / path.name, quality=95)
+            continue
+        image.save(root / "original" / f"{2000 + i}00.jpg", quality=95)
+        for copy in (1, 2):
+            disturbed(image, strength, generator).save(root / "strong" / f"{2000 + i}0{copy}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def copydays(small_photos, tmp_path_factory):
+    """20 originals, 40 copies, 14 distractors, 14 images for whitening."""
+    return make_copydays(tmp_path_factory.mktemp("copies") / "copydays", small_photos, 20, 14, 0.6)
+
+
+def resized(image, width, height):
+    """(1, 3, height, width), normalised as our checkpoint wants it."""
+    x = resize(pil_to_tensor(image), [height, width], InterpolationMode.BICUBIC, antialias=True)
+    return normalize(x[None].float() / 255, MEAN, STD)
+
+
+def naive_copy_map(root, model, size, layer, whiten):
+    """mAP in Python loops, image by image."""
+    def features(paths):
+        rows = []
+        for path in paths:
+            x = resized(Image.open(path).convert("RGB"), size, size)
+            tokens = model.get_intermediate_layers(x, 3)[layer][0].detach().double()
+            rows.append(torch.cat([tokens[0], (tokens[1:].clamp(min=1e-6) ** 4).mean(0) ** 0.25]))
+        return torch.stack(rows).numpy()
+
+    queries, originals = sorted(root.glob("strong/*")), sorted(root.glob("original/*"))
+    asked, bank = features(queries), features(originals + sorted(root.glob("distractors/*/*")))
+    if whiten:
+        extra = features(sorted(root.glob("whitening/*")))
+        values, vectors = np.linalg.eigh(np.cov(extra.T, bias=True))
+        values, vectors = values[values > 1e-5 * values.max()], vectors[:, values > 1e-5 * values.max()]
+        asked, bank = ((part - extra.mean(0)) @ vectors / np.sqrt(values) for part in (asked, bank))
+    asked, bank = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (asked, bank))
+    total = 0.0
+    for query, row in zip(queries, asked @ bank.T, strict=True):
+        target = [path.name[:4] for path in originals].index(query.name[:4])
+        rank = int((row > row[target]).sum())
+        total += 1 if rank == 0 else 0.5 / (rank + 1)
+    return 100 * total / len(queries)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_copy_detection(whiten, copydays, ours, evaluate, tmp_path):
+    options = ["--whitening", copydays / "whitening"] if whiten else []
+    result = evaluate("--task", "copy", "--checkpoint", ours, "--data", copydays, "--distractors", copydays / "distractors",
+                      "--img_size", 48, "--layers", "all", "--num_workers", 0, "--output_dir", tmp_path / "copy", *options)
+    found = table_of(result)
+    assert list(found) == [(str(layer), "strong") for layer in (1, 2, 3)]
+    model, _ = load_backbone(str(ours))
+    for layer in range(3):
+        expected = naive_copy_map(copydays, model, 48, layer, whiten)
+        assert found[str(layer + 1), "strong"][0] == pytest.approx(expected, abs=0.5)  # ties within rounding
+    for words in ("40 queries among 20 images and 14 distractors", "img_size 48", "scales [1.0]", "best: layer",
+                  "whitening learnt on 14 images" if whiten else "no whitening"):
+        assert words in result.stdout
+    saved = json.loads((tmp_path / "copy" / "results.json").read_text())
+    assert [row["layer"] for row in saved["rows"]] == [1, 2, 3]
+    assert saved["rows"][2]["mAP"] == pytest.approx(found["3", "strong"][0], abs=0.01)
+    assert (tmp_path / "copy" / "layers.png").stat().st_size > 5000
+    assert_one_line_error(evaluate("--task", "copy", "--checkpoint", ours, "--data", copydays, "--output_dir", tmp_path / "copy"),
+                          "already holds results", "--overwrite")
+
+
+def test_untouched_copies_are_found(copydays, ours, evaluate, tmp_path):
+    for path in copydays.glob("original/*"):
+        for part in ("original", "strong"):
+            (tmp_path / "data" / part).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / part / path.name).write_bytes(path.read_bytes())
+    result = evaluate("--task", "copy", "--checkpoint", ours, "--data", tmp_path / "data", "--img_size", 32, "--chunk", 1,
+                      "--batch_size", 7, "--num_workers", 0, "--output_dir", tmp_path / "copy")
+    assert table_of(result) == {("last", "strong"): [100] * 4}
+    assert not (tmp_path / "copy" / "layers.png").exists()
+
+
+def test_layers_of_two_runs_in_one_picture(copydays, ours, evaluate, monkeypatch, tmp_path):
+    options = ["--task", "copy", "--checkpoint", ours, "--data", copydays, "--num_workers", 0, "--layers", "all", "--output_dir"]
+    evaluate(*options, tmp_path / "a", "--img_size", 16)
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, *a, label, **k: drawn.update({label: a}) or plot(axis, *a, label=label, **k))
+    assert evaluate(*options, tmp_path / "b", "--img_size", 32, "--compare", tmp_path / "a").returncode == 0
+    for name in ("a", "b"):
+        rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        assert drawn[f"{name}: copydays, strong"] == ((1, 2, 3), tuple(row["mAP"] for row in rows))
+    result = evaluate(*options, tmp_path / "c", "--compare", tmp_path / "x")
+    assert_one_line_error(result, "x/results.json holds no results of --task copy --layers all")
+    assert_one_line_error(evaluate(*options[:-3], "--compare", tmp_path / "a"), "--compare .*needs --layers all")
+
+
+@pytest.fixture(scope="module")
+def oxford(small_photos, tmp_path_factory):
+    """Revisited Oxford's layout: 8 buildings, each with an easy and two hard images and the query itself as junk; 16 others."""
+    root, generator = tmp_path_factory.mktemp("roxford5k"), np.random.default_rng(0)
+    (root / "jpg").mkdir()
+    images, queries, gnd = [], [], []
+    for i, path in enumerate(small_photos[:24]):
+        image = Image.open(path).convert("RGB")
+        images.append(f"photo_{i:06}")
+        image.save(root / "jpg" / f"{images[-1]}.jpg", quality=95)
+        if i < 8:
+            places = []
+            for kind, strength in enumerate((0.1, 0.7, 0.8)):
+                places.append(len(images))
+                images.append(f"photo_{i:06}_{kind}")
+                disturbed(image, strength, generator).save(root / "jpg" / f"{images[-1]}.jpg")
+            queries.append(f"photo_{i:06}")
+            box = np.array([8.2, 5.0, image.width - 10.4, image.height - 7.9])
+            gnd.append({"bbx": box.tolist() if i % 2 else box, "easy": np.array(places[:1]), "hard": places[1:],
+                        "junk": [places[0] - 1]})
+    gnd[7]["easy"], gnd[7]["hard"] = [*gnd[7]["hard"], *gnd[7]["easy"].tolist()], []  # none is hard: left out of that mean
+    (root / "gnd_roxford5k.pkl").write_bytes(pickle.dumps({"imlist": images, "qimlist": queries, "gnd": gnd}, 2))
+    return root
+
+
+def naive_retrieval_map(root, model, size, scales):
+    truth = pickle.loads((root / "gnd_roxford5k.pkl").read_bytes())
+
+    def feature(name, box=None):
+        image = Image.open(root / "jpg" / f"{name}.jpg").convert("RGB")
+        factor = min(1, size / max(image.size))
+        if box is not None:
+            image = image.crop([round(edge) for edge in box])
+        x, total = resized(image, *(round(factor * length) // 4 * 4 for length in image.size)), 0
+        for scale in scales:
+            sides = [int(scale * length) // 4 * 4 for length in x.shape[2:]]
+            total = total + model(F.interpolate(x, sides, mode="bilinear") if scale != 1 else x)[0]
+        return total / total.norm()
+
+    bank = torch.stack([feature(name) for name in truth["imlist"]])
+    found = {"Medium": [], "Hard": []}
+    for name, gnd in zip(truth["qimlist"], truth["gnd"], strict=True):
+        similarity = bank @ feature(name, gnd["bbx"])
+        easy, hard, junk = (list(gnd[kind]) for kind in ("easy", "hard", "junk"))
+        found["Medium"].append(eval_knn.judge(similarity, easy + hard, junk)[0])
+        if hard:
+            found["Hard"].append(eval_knn.judge(similarity, hard, junk + easy)[0])
+    return {setup: 100 * np.mean(values) for setup, values in found.items()}
+
+
+@pytest.mark.parametrize("scales", [[1.0], [1.0, 0.5]])
+def test_retrieval(scales, oxford, ours, evaluate, tmp_path):
+    result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", oxford, "--img_size", 64, "--scales", *scales,
+                      "--num_workers", 0, "--output_dir", tmp_path / "r")
+    found, model = table_of(result), load_backbone(str(ours))[0]
+    assert "8 queries among 48 images and 0 distractors" in result.stdout and f"scales {scales}" in result.stdout
+    expected = naive_retrieval_map(oxford, model, 64, scales)
+    for setup in ("Medium", "Hard"):
+        assert found["last", setup][0] == pytest.approx(expected[setup], abs=0.5)  # ties within rounding
+    assert 100 > found["last", "Medium"][0] > found["last", "Hard"][0] > 5
+
+
+def test_several_retrieval_sets_in_one_table(oxford, ours, evaluate, tmp_path):
+    result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", oxford, oxford, "--img_size", 32, "--scales", 1,
+                      "--num_workers", 0, "--layers", "all", "--output_dir", tmp_path / "r", "--distractors", oxford / "jpg")
+    found = table_of(result)
+    assert set(found) == {(str(layer), setup) for layer in (1, 2, 3) for setup in ("Medium", "Hard")}
+    assert "mAP in per cent" in result.stdout and "48 distractors" in result.stdout and (tmp_path / "r" / "layers.png").exists()
+
+
+@pytest.mark.parametrize("fit, size, box, expected", [
+    ("square", 50, None, (48, 48)), ("long", 64, None, (40, 64)), ("long", 999, None, (64, 104)), ("short", 40, None, (40, 64)),
+    ("long", 52, (10.2, 10.2, 49.8, 30.1), (8, 16)), ("short", 4, None, (8, 8))])
+def test_sizes_that_images_take(fit, size, box, expected, tmp_path):
+    write_image(tmp_path / "a.png", (9, 9, 9), (66, 105))  # height, width
+    photograph = eval_knn.Photographs([str(tmp_path / "a.png")], fit, size, 8, box and [box])[0]
+    assert photograph.shape == (3, *expected) and photograph.dtype == torch.uint8 and (photograph == 9).all()
+
+
+def test_the_box_is_cut_out(tmp_path):
+    pixels = np.arange(40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = eval_knn.Photographs([str(tmp_path / "a.png")], "long", 60, 4, [(7.8, 4.1, 32.2, 24.0)])[0]
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels[4:24, 8:32])
+    with pytest.raises(InputError, match="box .* of query .*a.png lies outside"):
+        eval_knn.Photographs([str(tmp_path / "a.png")], "long", 60, 4, [(70, 0, 90, 10)])[0]
+
+
+def test_other_backbones(student, copydays, oxford, evaluate, tmp_path):
+    """timm's own model and ours with its weights give the same tokens; a ResNet has none of patches: only retrieval."""
+    torch.save(student.state_dict(), tmp_path / "weights.pth")
+    archs = "vit_tiny", "timm/vit_tiny_patch16_224"
+    ours, theirs = (load_backbone(str(tmp_path / "weights.pth"), arch, 16, 32)[0] for arch in archs)
+    x = torch.randn(2, 3, 32, 32)
+    for layers in (False, True):
+        found = [eval_knn.token_layers(backbone, x, layers) for backbone in (ours, theirs)]
+        assert len(found[0]) == len(found[1]) == (12 if layers else 1) and found[0][0][1].shape == (2, 2, 2, 192)
+        for (cls, patches), (their_cls, their_patches) in zip(*found, strict=True):
+            torch.testing.assert_close(cls, their_cls, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(patches, their_patches, rtol=1e-4, atol=1e-4)
+    assert eval_knn.token_layers(ours, torch.randn(1, 3, 48, 80), False)[0][1].shape == (1, 3, 5, 192)
+    options = ["--num_workers", 0, "--img_size", 32, "--overwrite", "--output_dir", tmp_path / "out"]
+    copy = ["--task", "copy", "--data", copydays, "--layers", "all", *options]
+    result = evaluate("--arch", archs[1], "--checkpoint", tmp_path / "weights.pth", *copy)
+    assert len(table_of(result)) == 12
+    result = evaluate("--arch", "resnet18", "--task", "retrieval", "--data", oxford, "--layers", "all", "--scales", 1, *options)
+    assert len(table_of(result)) == 8
+    assert_one_line_error(evaluate("--arch", "resnet18", *copy), "--task copy needs patch tokens, which resnet18")
+
+
+# --------------------------------------------------------------------------------------------------------- video, in real layout
+
+
+@pytest.fixture(scope="module")
+def davis(small_photos, tmp_path_factory):
+    """DAVIS 2017's folders: two short videos in which one and two textured squares move over a photograph."""
+    root = tmp_path_factory.mktemp("DAVIS")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("one\ntwo\n")
+    (root / "ImageSets" / "2017" / "train.txt").write_text("\n")
+    for number, name in enumerate(("one", "two"), 1):
+        textures = [np.array(Image.open(path).convert("RGB").resize((24, 24))) for path in small_photos[number : number + 2]]
+        ground = np.array(Image.open(small_photos[10 * number]).convert("RGB").resize((96, 64))) // 4
+        for step in range(6):
+            frame, mask = ground.copy(), np.zeros((64, 96), np.uint8)
+            for o in range(1, number + 1):
+                top, left = (4 + 3 * step, 8 + 4 * step) if o == 1 else (32, 64 - 4 * step)
+                square = slice(top, top + 24), slice(left, left + 24)
+                mask[square], frame[square] = o, textures[o - 1] // 2 + 127
+            photograph, annotation = Image.fromarray(frame), Image.fromarray(mask)
+            annotation.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+            for folder, image, ending in (("JPEGImages", photograph, "jpg"), ("Annotations", annotation, "png")):
+                path = root / folder / "480p" / name / f"{step:05}.{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+    return root
+
+
+def test_video(davis, ours, evaluate, tmp_path):
+    result = evaluate("--task", "video", "--checkpoint", ours, "--data", davis, "--img_size", 64, "--layers", "all",
+                      "--num_workers", 1, "--output_dir", tmp_path / "v")
+    found = table_of(result)
+    assert list(found) == [(str(layer), "val") for layer in (1, 2, 3)]
+    for words in ("2 sequences of val, 12 frames", "k [5]", "temperature 0.1", "context 7", "neighbourhood 12", "img_size 64"):
+        assert words in result.stdout
+    for both, j, f in found.values():
+        assert both == pytest.approx((j + f) / 2, abs=0.02) and j > 60
+    written = {path.relative_to(tmp_path / "v").as_posix() for path in (tmp_path / "v").glob("*/*/*")}
+    assert written == {f"{kind}/{name}/{i:05}.{end}" for kind, end in (("masks", "png"), ("overlays", "jpg"))
+                       for name in ("one", "two") for i in range(6)}
+    scores = []
+    for name, objects in (("one", 1), ("two", 2)):
+        for o in range(1, objects + 1):
+            folders = tmp_path / "v" / "masks" / name, davis / "Annotations" / "480p" / name
+            pairs = [[np.array(Image.open(folder / f"{i:05}.png")) == o for folder in folders]
+                     for i in range(1, 5)]  # not the first, not the last
+            scores.append(np.mean([((a & b).sum() / (a | b).sum(), naive_f(a, b)) for a, b in pairs], 0))
+    assert [100 * value for value in np.mean(scores, 0)] == pytest.approx(found["3", "val"][1:], abs=0.02)
+    # the overlay shows the frame outside of the mask, and the object's colour in it
+    mask, shown = (np.array(Image.open(tmp_path / "v" / part)) for part in ("masks/two/00003.png", "overlays/two/00003.jpg"))
+    frame = np.array(Image.open(davis / "JPEGImages/480p/two/00003.jpg")).astype(int)
+    assert abs(shown[mask == 0] - frame[mask == 0]).mean() < 8
+    for o in (1, 2):
+        wanted = frame[mask == o].mean(0) / 2 + eval_knn.COLOURS[o] / 2
+        assert abs(shown[mask == o].mean(0) - wanted).max() < 10
+
+
+def two_processes(number, tasks):
+    """Each command on this process -> what the first one wrote."""
+    for arguments in tasks.values():
+        sys.argv = arguments
+        eval_knn.main()
+    common.barrier()
+    return [json.loads(open(f"{arguments[-1]}/results.json").read())["rows"] for arguments in tasks.values()]
+
+
+def test_processes_share_the_work(in_processes, evaluate, ours, copydays, davis, tmp_path):
+    options = {"copy": ["--data", copydays, "--whitening", copydays / "whitening"], "video": ["--data", davis]}
+    shared = ["--checkpoint", ours, "--img_size", 32, "--device", "cpu", "--num_workers", 0]
+    tasks = {task: ["eval_knn.py", *map(str, ("--task", task, *shared, *extra, "--output_dir", tmp_path / "two" / task))]
+             for task, extra in options.items()}
+    first, second = in_processes(2, two_processes, tasks)
+    assert first == second
+    for (task, arguments), shared in zip(tasks.items(), first, strict=True):
+        assert evaluate(*arguments[1:-1], tmp_path / "alone" / task).returncode == 0
+        alone = json.loads((tmp_path / "alone" / task / "results.json").read_text())["rows"]
+        for one, two in zip(alone, shared, strict=True):
+            assert one.keys() == two.keys()
+            for key in one:
+                assert one[key] == (pytest.approx(two[key], abs=0.01) if isinstance(two[key], float) else two[key])
+
+
+# --------------------------------------------------------------------------------------------------------------- transfer
+
+
+def test_several_data_sets_give_one_table(ours, evaluate, small_folder, large_folder):
+    alone = [table(evaluate("--checkpoint", ours, "--data", folder, "--k", 3, "--num_workers", 0))["last", 3][0]
+             for folder in (small_folder, large_folder)]
+    result = evaluate("--checkpoint", ours, "--data", small_folder, large_folder, "--k", 3, 400, "--num_workers", 0)
+    assert result.returncode == 0
+    heading, *rows = result.stdout.split("top-1 in per cent\n")[1].splitlines()
+    assert heading.split() == [small_folder.name, large_folder.name, "mean"]
+    assert [float(value) for value in rows[0].split()[2:]] == pytest.approx([*alone, sum(alone) / 2], abs=0.01)
+    assert rows[0].split()[:2] == ["last", "3"] and rows[1].split()[:2] == ["last", "9"]
+    assert result.stdout.count("9 train images, 6 test images, 3 classes") == 2
+
+
+def test_named_data_sets_and_a_small_one(ours, evaluate, monkeypatch, small_folder):
+    """A k that one of the sets cannot have leaves its place empty, and no mean."""
+    asked, real = [], load_data
+
+    def load(data, path):
+        asked.append((data, path))
+        return real("digits" if data == "pets" else data)
+
+    monkeypatch.setattr(eval_knn, "load_data", load)
+    result = evaluate("--checkpoint", ours, "--data", "pets", small_folder, "--data_path", "somewhere", "--k", 9, 20)
+    assert asked == [("pets", "somewhere"), (str(small_folder), "somewhere")]
+    rows = [row.split()[1:] for row in result.stdout.split("top-1 in per cent\n")[1].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["9", "20"] and "-" not in rows[0] and rows[1][2:] == ["-", "-"]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input of the tasks
+
+
+@pytest.mark.parametrize("options, patterns", [
+    (["--task", "knn", "--scales", 1], ["--scales is not for --task knn, but for retrieval, copy"]),
+    (["--task", "video", "--whitening", "x"], ["--whitening is not for --task video"]),
+    (["--task", "copy", "--k", 3], ["--k is not for --task copy, but for knn, video"]),
+    (["--task", "video", "--k", 3, 4], ["takes one --k"]),
+    (["--task", "copy", "--features", "f.pth"], ["--features is not for --task copy"]),
+    (["--task", "copy", "--chunk", 0], ["--chunk must be at least 1"]),
+    (["--task", "retrieval", "--scales", 1, 0], ["--scales must be above 0"]),
+    (["--data", "digits", "mnist", "--features", "f.pth"], ["--features takes one data set"]),
+    (["--task", "copy", "--data", "nowhere"], ["no images under nowhere/original"]),
+    (["--task", "retrieval", "--data", "nowhere"], ["nowhere has no gnd_"]),
+    (["--task", "video", "--data", "nowhere"], ["no nowhere/ImageSets/2017/val.txt", "there: none"]),
+])
+def test_bad_values_of_the_tasks(options, patterns, evaluate, ours):
+    assert_one_line_error(evaluate("--checkpoint", ours, *options), *patterns)
+
+
+@pytest.fixture
+def refused(evaluate, ours, tmp_path):
+    """refused(task, folder, *patterns, options=()): one line of error."""
+    def check(task, folder, *patterns, options=()):
+        result = evaluate("--task", task, "--checkpoint", ours, "--data", folder, "--img_size", 16, "--num_workers", 0,
+                          "--output_dir", tmp_path / "out", "--overwrite", *options)
+        assert_one_line_error(result, *patterns)
+
+    return check
+
+
+def copy_of(folder, place, leave_out=()):
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(tuple(leave_out) or "?"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(path.read_bytes())
+    return place
+
+
+def test_bad_copydays(copydays, refused, tmp_path):
+    refused("copy", copydays, "no images under --distractors .*nothing", options=["--distractors", tmp_path / "nothing"])
+    refused("copy", copy_of(copydays, tmp_path / "a", ["strong"]), "no images under .*a/strong")
+    refused("copy", copy_of(copydays, tmp_path / "b", ["original/200300"]), "200301.jpg is a copy of nothing", "begins with 2003")
+    bad, photograph = copy_of(copydays, tmp_path / "c"), (copydays / "original" / "200300.jpg").read_bytes()
+    (bad / "original" / "200399.jpg").write_bytes(photograph)
+    refused("copy", bad, "c/original: several names begin with the same four")
+    (bad / "original" / "200399.jpg").unlink()
+    (bad / "strong" / "200301.jpg").write_bytes(photograph[:90])
+    refused("copy", bad, "cannot read image .*200301.jpg")
+
+
+def test_bad_oxford(oxford, refused, tmp_path):
+    bad = copy_of(oxford, tmp_path / "a", ["jpg/photo_000003.jpg"])
+    refused("retrieval", bad, "no image .*jpg/photo_000003.jpg, which gnd_roxford5k.pkl names")
+    (bad / "gnd_rparis6k.pkl").write_bytes(b"")
+    refused("retrieval", bad, "a has 2 gnd_.*pkl")
+    bad, truth = copy_of(oxford, tmp_path / "b"), pickle.loads((oxford / "gnd_roxford5k.pkl").read_bytes())
+    for gnd in truth["gnd"]:
+        gnd["easy"], gnd["hard"] = [], []
+    (bad / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
+    refused("retrieval", bad, "no query has a positive image")
+
+
+def test_bad_davis(davis, refused, tmp_path):
+    refused("video", davis, "no .*ImageSets/2017/test-dev.txt", "there: train, val", options=["--split", "test-dev"])
+    refused("video", davis, "train.txt names no sequence", options=["--split", "train"])
+    refused("video", copy_of(davis, tmp_path / "a", ["JPEGImages/480p/two"]), "0 frames in .*480p/two, which val.txt names")
+    bad = copy_of(davis, tmp_path / "b", ["Annotations/480p/one/00002"])
+    refused("video", bad, "no mask .*one/00002.png")
+    first = copy_of(davis, bad) / "Annotations" / "480p" / "one" / "00000.png"
+    for content, pattern in ((Image.new("P", (96, 64)), "00000.png: the first mask .* must show its objects"),
+                             (Image.new("P", (95, 64)), "00000.png is no mask of .*00000.jpg"),
+                             (Image.new("RGB", (96, 64)), "00000.png is no mask of .*00000.jpg")):
+        content.save(first)
+        refused("video", bad, pattern)
+    first.write_bytes(b"nothing")
+    refused("video", bad, "cannot read mask .*one/00000.png")
+
+
+def test_every_flag_is_read():
+    source = open(eval_knn.__file__).read()
+    flags = re.findall(r'add_argument\("--(\w+)"', source)
+    body = source.split("def parse_arguments")[0] + source.split("args = parser.parse_args()")[1]
+    elsewhere = "args.seed args.device"  # read by `setup`
+    # search() reads --distractors and --whitening by name
+    unread = [name for name in flags if not re.search(rf"args\.{name}\b|\"{name}\": \[\]", body + elsewhere)]
+    assert len(flags) > 20 and unread == []
