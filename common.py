@@ -140,6 +140,7 @@ DATASETS = {  # name: (torchvision class, arguments of the training split, of th
     "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
     "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
     "cars": ("StanfordCars", {"split": "train"}, {"split": "test"}),
+    "aircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
 }
 
 
@@ -751,7 +752,8 @@ class TimmBackbone(nn.Module):
 
         if not timm.is_model(name):
             raise InputError(f"timm has no model {name!r}: timm.list_models() names them")
-        size = {"img_size": img_size} if img_size and name.startswith(("vit", "deit", "beit")) else {}
+        size = {"dynamic_img_size": True} if name.startswith(("vit", "deit")) else {}  # other sizes resize positions, as in ours
+        size |= {"img_size": img_size} if img_size and name.startswith(("vit", "deit", "beit")) else {}
         try:
             self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
         except Exception as error:
@@ -1295,7 +1297,8 @@ def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     group.add_argument("--log_every", type=int, default=10, help="steps between log records (default: 10)")
 
 
-RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet", pets="imagenet", cars="imagenet")
+RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet", pets="imagenet", cars="imagenet",
+                 aircraft="imagenet")
 
 
 def apply_recipe(args, recipes: dict, data: ImageData) -> dict:

@@ -720,8 +720,8 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     args = parse_arguments()
     device = setup(args)
-    own_size = args.task == "knn" or (args.arch or "").startswith("timm/")
-    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size if own_size else None, args.network)
+    own_size = args.img_size if args.task == "knn" else None  # the other tasks have images of many sizes
+    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, own_size, args.network)
     backbone.to(device)
     arch, network = meta["backbone"]["arch"], args.network or meta.get("network")
     if args.task in ("copy", "video") and not hasattr(getattr(backbone, "model", backbone), "get_intermediate_layers"):

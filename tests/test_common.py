@@ -760,7 +760,7 @@ def test_mnist():
     assert all(np.array_equal(test.images[:, c].numpy(), pixels) for c in range(3))
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "stl10", "flowers102", "pets", "cars"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "stl10", "flowers102", "pets", "cars", "aircraft"])
 def test_a_data_set_that_cannot_be_downloaded_is_one_line(name, tmp_path, monkeypatch):
     """It names the data set and the way out."""
     def refused(*args, **kwargs):
