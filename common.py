@@ -267,7 +267,7 @@ def _torchvision_splits(name: str, splits: list[dict], root: str) -> list[ImageD
                 images = images.permute(0, 3, 1, 2)  # (N, 3, H, W)
             labels = torch.as_tensor(getattr(split, "targets", getattr(split, "labels", None))).long()
             loaded.append(ImageData(labels, list(range(int(labels.max()) + 1)), images.contiguous()))
-        else:  # files: Flowers, Pets, Cars
+        else:  # files: Flowers, Pets, Cars, Aircraft
             paths = getattr(split, "_image_files", None) or getattr(split, "_images", None)
             labels = getattr(split, "_labels", None)
             if paths is None:
