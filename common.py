@@ -962,11 +962,15 @@ def load_weights(model: nn.Module, weights: dict, source) -> None:
         what = f"{len(missing)} keys are missing" + (f" (first: {missing[0]})" if missing else "")
         what += f", {len(unexpected)} are unknown" + (f" (first: {unexpected[0]})" if unexpected else "")
         raise InputError(f"{source} does not fit this architecture: {what}; check --arch and --network")
-    positions = weights.get("pos_embed")
-    if isinstance(model, VisionTransformer) and positions.shape != model.pos_embed.shape:
-        side = math.isqrt(positions.shape[1] - 1)
-        if positions.shape[1] == 1 + side**2 and positions.shape[2] == model.embed_dim:
-            model.grid, model.pos_embed.data = (side, side), torch.empty_like(positions)
+    positions, own = weights.get("pos_embed"), isinstance(model, VisionTransformer)
+    if positions is not None and positions.shape != model.pos_embed.shape and (own or hasattr(model, "set_input_size")):
+        extra = model.pos_embed.shape[1] - math.prod(model.grid if own else model.patch_embed.grid_size)  # [CLS] and the like
+        side = math.isqrt(max(0, positions.shape[1] - extra))
+        if positions.shape[1:] == (extra + side**2, model.embed_dim):
+            if own:
+                model.grid, model.pos_embed.data = (side, side), torch.empty_like(positions)
+            else:
+                model.set_input_size([side * patch for patch in model.patch_embed.patch_size])
             ours = model.state_dict()
     for key, value in weights.items():
         if ours[key].shape != value.shape:
