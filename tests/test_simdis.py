@@ -1,0 +1,872 @@
+"""simdis.py: losses against loops written from the equations, the promises P1-P10 for all stages, Table 2, LARS, FLOPs."""
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, assert_one_line_error, read_log, run_script
+
+import common
+import eval_knn
+import eval_linear
+import simdis
+
+NANO = ["--arch", "vit_nano", "--depth", "1", "--teacher_arch", "vit_nano", "--img_size", "16", "--patch_size", "8"]
+TINY = ["--batch_size", "32", "--hidden", "16", "--log_every", "1", "--knn_every", "0", "--num_workers", "0", "--epochs", "2",
+        "--warmup_epochs", "0.1"]
+TABLE_2 = [["S^-v'"], ["S^-v'", "T-v"], ["S^-v'", "T-v'"], ["S^-v'", "T^-v"], ["S^-v'", "T^-v'"], ["S^-v'", "T-v", "T-v'"],
+           ["S^-v'", "T^-v", "T^-v'"], ["S^-v'", "T-v", "T-v'", "T^-v", "T^-v'"],
+           ["S-v'", "S^-v", "S^-v'", "T-v", "T-v'", "T^-v", "T^-v'"]]
+NETWORK = {"S": "student", "S^": "student_momentum", "T": "teacher", "T^": "teacher_momentum"}  # the paper's names
+
+
+@pytest.fixture(autouse=True)
+def signals_stay():
+    """A run in this process takes over SIGTERM and SIGINT: give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def bare_runs(monkeypatch):
+    """Runs in this process draw no curves and check no k-NN, which take longer than their few steps; the subprocesses do."""
+    monkeypatch.setattr(common.Run, "draw_curves", lambda self: None)
+    monkeypatch.setattr(simdis, "knn_accuracy", lambda *arguments, **options: None)
+
+
+def with_knn(monkeypatch):
+    monkeypatch.setattr(simdis, "knn_accuracy", common.knn_accuracy)
+
+
+def arguments(folder, *extra):
+    return simdis.parse_arguments([*TINY, *NANO, "--device", "cpu", "--output_dir", *map(str, (folder, *extra))])
+
+
+def built(*flags):
+    """-> networks and meta, as `train` makes them."""
+    args = arguments("unused", *flags)
+    data, _ = common.load_data("digits")
+    simdis.settle(args, common.apply_recipe(args, simdis.RECIPES, data))
+    torch.manual_seed(0)
+    return simdis.build(args)
+
+
+def train(folder, *extra):
+    """One run in this process -> its checkpoint."""
+    simdis.train(arguments(folder, *extra))
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    """A checkpoint of --stage teacher, three steps old."""
+    folder = tmp_path_factory.mktemp("teacher")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "draw_curves", lambda self: None)
+        patch.setattr(simdis, "knn_accuracy", lambda *arguments, **options: None)
+        train(folder, "--stage", "teacher", "--max_steps", 3)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder / "checkpoint.pth"
+
+
+def stage_flags(stage, teacher_file):
+    return ["--stage", stage, *(["--teacher", str(teacher_file)] if stage == "offline" else [])]
+
+
+def same(a, b):
+    """Bit-equal nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def leaf(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def naive_eq1(p, z):
+    """|p/|p| - z/|z||^2, number by number, mean over the rows."""
+    total = 0
+    for a, b in zip(p, z):
+        a, b = a / (a * a).sum().sqrt(), b / (b * b).sum().sqrt()
+        total = total + sum((x - y) ** 2 for x, y in zip(a, b))
+    return total / len(p)
+
+
+def test_regression_loss_equals_eq1():
+    p, z = leaf(5, 7), leaf(5, 7, seed=1)
+    ours, naive = simdis.regression_loss(p, z), naive_eq1(p, z)
+    torch.testing.assert_close(ours, naive)
+    torch.testing.assert_close(torch.autograd.grad(ours, (p, z)), torch.autograd.grad(naive, (p, z)))
+
+
+def test_regression_loss_closed_forms():
+    """0 for equal directions, 2 for right angles, 4 for opposite ones, whatever the lengths; 2 - 2 cos in between."""
+    z = torch.eye(4, dtype=torch.float64)
+    for p, expected in ((5 * z, 0.0), (0.1 * z.roll(1, 0), 2.0), (-z, 4.0), (z + z.roll(1, 0), 2 - 2 / math.sqrt(2))):
+        torch.testing.assert_close(simdis.regression_loss(p, 3 * z), torch.tensor(expected, dtype=torch.float64))
+    one = simdis.regression_loss(leaf(1, 7), leaf(1, 7, seed=1))  # one row
+    torch.testing.assert_close(one, 2 - 2 * F.cosine_similarity(leaf(1, 7), leaf(1, 7, seed=1))[0])
+
+
+def test_regression_loss_is_finite_where_rows_agree():
+    """No square root: the gradient at equal rows is 0, not NaN."""
+    p = leaf(3, 5)
+    gradient, = torch.autograd.grad(simdis.regression_loss(p, p.detach().clone()), p)
+    assert gradient.isfinite().all() and gradient.abs().max() < 1e-12
+    assert simdis.regression_loss(torch.zeros(3, 5), torch.ones(3, 5)) == pytest.approx(1)
+
+
+def test_regression_loss_runs_in_fp32_under_autocast():
+    p, z = torch.randn(6, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = simdis.regression_loss(p.bfloat16(), z.bfloat16())
+    assert under.dtype == torch.float32
+    torch.testing.assert_close(under, simdis.regression_loss(p.bfloat16().float(), z.bfloat16().float()))
+
+
+@pytest.mark.parametrize("targets", TABLE_2)
+def test_each_target_is_what_its_name_says(targets):
+    """Table 2: S^-v' compares predictions of v with what S^ projects of v', and so on; both ways; no gradient to any target."""
+    p1, p2 = ({name: leaf(4, 5, seed=20 * view + i) for i, name in enumerate(targets)} for view in (0, 1))
+    z = {name: [leaf(4, 5, seed=100 + 2 * i), leaf(4, 5, seed=101 + 2 * i)] for i, name in enumerate(NETWORK.values())}
+    losses = simdis.target_losses([p1, p2], z)
+    assert list(losses) == targets
+    for name in targets:
+        network, view = name.split("-")
+        of_v, of_w = z[NETWORK[network]]  # projections of the first and of the second view
+        if view == "v":
+            expected = naive_eq1(p1[name], of_v.detach()) + naive_eq1(p2[name], of_w.detach())
+        else:
+            expected = naive_eq1(p1[name], of_w.detach()) + naive_eq1(p2[name], of_v.detach())
+        torch.testing.assert_close(losses[name], expected)
+        torch.testing.assert_close(torch.autograd.grad(losses[name], (p1[name], p2[name]), retain_graph=True),
+                                   torch.autograd.grad(expected, (p1[name], p2[name])))
+    sum(losses.values()).backward()
+    assert all(x.grad is None for pair in z.values() for x in pair)
+    assert all(x.grad is not None for p in (p1, p2) for x in p.values())
+
+
+def test_the_table_has_the_papers_targets():
+    assert list(simdis.TARGETS) == TABLE_2[-1] == simdis.PRESETS["7v"]
+    assert simdis.PRESETS["byol"] == TABLE_2[0] and simdis.PRESETS["2v"] == TABLE_2[4]
+    for name, (network, view) in simdis.TARGETS.items():
+        paper, of = name.split("-")
+        assert NETWORK[paper] == network and {"v": "same", "v'": "other"}[of] == view
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def forward(networks, x1, x2):
+    """What the step of `train` computes -> (z, p)."""
+    learners = {name: network for name, network in networks.items() if isinstance(network, simdis.Learner)}
+    with torch.no_grad():
+        z = {name: network(x1, x2) for name, network in networks.items() if name not in learners}
+    p = {}
+    for name, learner in learners.items():
+        z[name], p[name] = learner(x1, x2)
+    return z, p
+
+
+def losses_of(networks, x1, x2):
+    z, p = forward(networks, x1, x2)
+    means = {}
+    for name, predictions in p.items():
+        terms = simdis.target_losses(predictions, z)
+        means[name] = sum(terms.values()) / len(terms)
+    return means
+
+
+def test_predictors_are_separate_and_share_the_backbone():
+    """Sec. 4: FC + BN + ReLU + FC on the projection, for each target with weights of its own; one pass of the backbone a view."""
+    networks, _ = built()
+    student = networks["student"]
+    calls = []
+    student.backbone.register_forward_hook(lambda *_: calls.append(1))
+    z, p = student(*torch.randn(2, 8, 3, 16, 16))
+    assert len(calls) == 2 and len(z) == len(p) == 2
+    assert list(p[0]) == list(p[1]) == TABLE_2[-1] and all(x.shape == (8, 256) for x in (*z, *p[0].values()))
+    pointers = {q.data_ptr() for predictor in student.predictors.values() for q in predictor.parameters()}
+    assert len(pointers) == 7 * 6
+    for predictor, x in ((student.predictors["T-v"], p[0]["T-v"]), (student.predictors["S-v'"], p[0]["S-v'"])):
+        one, norm, _, two = predictor
+        h = z[0] @ one.weight.T + one.bias
+        h = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+        torch.testing.assert_close(x, h.clamp(min=0) @ two.weight.T + two.bias, rtol=1e-4, atol=1e-5)
+    assert [type(m).__name__ for m in student.projector] == ["Linear", "BatchNorm", "ReLU", "Linear"]
+
+
+def test_momentum_networks_share_nothing_and_learn_nothing():
+    """P4: equal at the start, storage of their own, no predictor, no gradient."""
+    networks, _ = built()
+    for name in ("student", "teacher"):
+        learner, momentum = networks[name], networks[f"{name}_momentum"]
+        weights = {k: v for k, v in learner.state_dict().items() if not k.startswith("predictors")}
+        assert same(weights, dict(momentum.state_dict()))
+        assert not {v.data_ptr() for v in weights.values()} & {v.data_ptr() for v in momentum.state_dict().values()}
+        assert not any(q.requires_grad for q in momentum.parameters())
+    losses = losses_of(networks, *torch.randn(2, 8, 3, 16, 16))
+    sum(losses.values()).backward()
+    for name, network in networks.items():
+        got = [q.grad is not None for q in network.parameters() if q.requires_grad]
+        assert all(got) and bool(got) == (not name.endswith("momentum")), name
+
+
+def test_the_students_loss_leaves_the_teacher_alone():
+    """Targets S-v', T-v, T-v' come from passes with a gradient: none of it reaches T, and S gets it from predictions only."""
+    networks, _ = built()
+    losses_of(networks, *torch.randn(2, 8, 3, 16, 16))["student"].backward()
+    assert all(q.grad is None for name in networks if name != "student" for q in networks[name].parameters())
+    networks, _ = built("--targets", "S-v'")
+    x1, x2 = torch.randn(2, 8, 3, 16, 16)
+    losses_of(networks, x1, x2)["student"].backward()
+    z1, z2 = (z.detach() for z in networks["student"](x1, x2)[0])
+    ours = {n: q.grad.clone() for n, q in networks["student"].named_parameters() if q.grad is not None}
+    networks["student"].zero_grad()
+    p1, p2 = networks["student"](x1, x2)[1]
+    (simdis.regression_loss(p1["S-v'"], z2) + simdis.regression_loss(p2["S-v'"], z1)).backward()
+    torch.testing.assert_close(ours, {n: q.grad for n, q in networks["student"].named_parameters() if q.grad is not None})
+
+
+@pytest.mark.parametrize("stage,targets,expected", [
+    ("teacher", None, {"teacher": 2, "teacher_momentum": 2}),
+    ("online", ["byol"], {"student": 2, "student_momentum": 2}),
+    ("online", ["S-v'"], {"student": 2}),
+    ("online", ["2v"], {"student": 2, "student_momentum": 2, "teacher": 2, "teacher_momentum": 2}),
+    ("online", ["7v"], {"student": 2, "student_momentum": 2, "teacher": 2, "teacher_momentum": 2}),
+    ("offline", ["2v"], {"student": 2, "student_momentum": 2, "teacher_momentum": 2}),
+    ("offline", ["T-v'"], {"student": 2, "teacher": 2}),
+    ("offline", ["7v"], {"student": 2, "student_momentum": 2, "teacher": 2, "teacher_momentum": 2})])
+def test_only_what_a_target_needs_is_computed(stage, targets, expected, teacher_file, tmp_path, monkeypatch):
+    """Passes of each backbone in one step of a run: one a view, none where no target asks; gradient only in learners."""
+    calls, build = {}, simdis.build
+
+    def watched(args):
+        networks, meta = build(args)
+        for name, network in networks.items():
+            def count(module, inputs, output, name=name):
+                calls[name] = calls.get(name, 0) + 1
+                assert output.requires_grad == isinstance(networks[name], simdis.Learner), name
+
+            network.backbone.register_forward_hook(count)
+        monkeypatch.setattr(simdis, "table1_flops", lambda *_: {})
+        return networks, meta
+
+    monkeypatch.setattr(simdis, "build", watched)
+    train(tmp_path, *stage_flags(stage, teacher_file), *(["--targets", *targets] if targets else []), "--max_steps", 1)
+    assert calls == expected
+
+
+def test_students_gradient_is_the_same_online_and_offline(teacher_file, tmp_path, monkeypatch):
+    """With the same frozen teacher, one step of SGD moves the student alike in both stages, bit for bit."""
+    flags = ["--optimizer", "sgd", "--lr", 1, "--weight_decay", 1e-4, "--warmup_epochs", 0, "--max_steps", 1]
+    offline = train(tmp_path / "offline", *stage_flags("offline", teacher_file), *flags)
+    build = simdis.build
+
+    def with_the_frozen_teacher(args):
+        networks, meta = build(args)
+        frozen, _ = simdis.load_teacher(teacher_file)
+        for name, network in frozen.items():
+            networks[name].load_state_dict(network.state_dict(), strict=False)
+            networks[name].eval()
+        return networks, meta
+
+    monkeypatch.setattr(simdis, "build", with_the_frozen_teacher)
+    online = train(tmp_path / "online", *flags)
+    start = built()[0]["student"].state_dict()
+    assert not same(dict(start), online["student"]) and not same(online["teacher"], offline["teacher"])
+    assert same(offline["student"], online["student"])
+
+
+def test_offline_teacher_never_changes(teacher_file, tmp_path):
+    """P4: parameters and BatchNorm statistics of T and T^, bit for bit, in evaluation mode; the student's move."""
+    before = torch.load(teacher_file, weights_only=True)
+    after = train(tmp_path, *stage_flags("offline", teacher_file), "--max_steps", 5, "--lr", 0.01)
+    for name in ("teacher", "teacher_momentum"):
+        assert after[name].keys() == {key for key in before[name] if not key.startswith("predictors")}
+        assert all(torch.equal(value, before[name][key]) for key, value in after[name].items())
+        assert any("running_mean" in key for key in after[name])
+    assert not same(dict(built()[0]["student"].state_dict()), after["student"])
+    networks, _ = built(*stage_flags("offline", teacher_file))
+    assert not any(m.training for name in ("teacher", "teacher_momentum") for m in networks[name].modules())
+    assert not any(q.requires_grad for name in ("teacher", "teacher_momentum") for q in networks[name].parameters())
+
+
+@pytest.mark.parametrize("stage", ["teacher", "offline", "online"])
+def test_momentum_network_is_the_ema_after_a_step(stage, teacher_file, tmp_path):
+    """P4, Eq. 2: once a step, after it, m * S^ + (1 - m) * S; T^ likewise; BatchNorm statistics are their own."""
+    flags = [*stage_flags(stage, teacher_file), "--lr", 0.05, "--warmup_epochs", 0, "--momentum", 0.9]
+    first = train(tmp_path / "one", *flags, "--max_steps", 1)
+    second = train(tmp_path / "two", *flags, "--max_steps", 2)
+    m = float(common.cosine_schedule(0.9, 1.0, 2 * (1437 // 32))[1])
+    learners = {"teacher": ["teacher"], "offline": ["student"], "online": ["student", "teacher"]}[stage]
+    for name in learners:
+        momentum = f"{name}_momentum"
+        for key, value in second[momentum].items():
+            if "running" not in key and "num_batches" not in key:
+                torch.testing.assert_close(value, m * first[momentum][key] + (1 - m) * second[name][key], rtol=1e-6, atol=1e-7)
+        moved = [k for k, v in second[momentum].items() if not torch.equal(v, first[momentum][k])]
+        assert any("blocks" in k for k in moved) and any("projector.0" in k for k in moved)
+        assert second[momentum]["projector.1.num_batches_tracked"] == 4  # two steps of two views
+        assert not torch.equal(second[momentum]["projector.1.running_mean"], second[name]["projector.1.running_mean"])
+
+
+# --------------------------------------------------------------------------------------------------------- optimisers
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 3), nn.LayerNorm(3)
+
+
+@pytest.mark.parametrize("weight_decay", [1e-4, 0.5, 0.0])
+def test_lars_scales_matrices_only(weight_decay):
+    """You et al.: matrices get lr * 0.001 |w| / (|g| + wd |w|) * (g + wd w); biases and norms plain momentum SGD, no decay."""
+    torch.manual_seed(0)
+    model = Small()
+    model.norm.weight.data.uniform_(1, 2)
+    args = arguments("unused", "--optimizer", "lars", "--weight_decay", weight_decay)
+    optimizer = simdis.make_optimizer(args, model, fused=False)
+    weights = {name: q.detach().clone() for name, q in model.named_parameters()}
+    velocity = {name: torch.zeros_like(q) for name, q in weights.items()}
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3
+        for name, q in model.named_parameters():
+            q.grad = torch.randn_like(q)
+            g = q.grad.clone()
+            if name == "linear.weight":
+                w = weights[name]
+                g = 0.001 * w.norm() / (g.norm() + weight_decay * w.norm()) * (g + weight_decay * w)
+            velocity[name] = 0.9 * velocity[name] + g
+            weights[name] = weights[name] - 0.3 * velocity[name]
+        optimizer.step()
+        for name, q in model.named_parameters():
+            torch.testing.assert_close(q.detach(), weights[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_biases_and_norms_do_not_decay(optimizer):
+    networks, _ = built()
+    learners = nn.ModuleDict({name: networks[name] for name in ("student", "teacher")})
+    made = simdis.make_optimizer(arguments("unused", "--optimizer", optimizer, "--weight_decay", 0.3), learners, fused=False)
+    decay = {id(q): group["weight_decay"] for group in made.param_groups for q in group["params"]}
+    trainable = {name: q for name, q in learners.named_parameters() if q.requires_grad}
+    assert len(decay) == len(trainable)
+    for name, q in trainable.items():
+        assert decay[id(q)] == (0.3 if q.ndim > 1 and "cls_token" not in name else 0.0), name
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_optimizers_train(optimizer, tmp_path):
+    """Two steps move every learner; rates follow warm-up and scaling."""
+    args = ["--optimizer", optimizer, "--lr", 0.4, "--weight_decay", 1e-4, "--max_steps", 3]
+    checkpoint = train(tmp_path, *args)
+    start = {name: dict(network.state_dict()) for name, network in built()[0].items()}
+    for name in ("student", "teacher"):
+        assert all(not torch.equal(checkpoint[name][key], value) for key, value in start[name].items() if key.endswith("qkv.weight"))
+    warmup = int(0.1 * (1437 // 32))
+    rates = [record["lr"] for record in read_log(tmp_path) if "loss" in record]
+    assert rates == pytest.approx([0.4 * 32 / 256 * i / (warmup - 1) for i in range(3)])
+
+
+def test_rates_come_with_the_optimizer(tmp_path):
+    """The paper's: LARS 0.3, or SGD 0.05; where a recipe has none, one line says so."""
+    args = simdis.parse_arguments(["--optimizer", "sgd"])
+    simdis.settle(args, simdis.RECIPES["imagenet"])
+    assert (args.lr, args.weight_decay) == (0.05, 1e-4)
+    args = simdis.parse_arguments(["--optimizer", "lars", "--lr", "7"])
+    simdis.settle(args, simdis.RECIPES["imagenet"])
+    assert (args.lr, args.weight_decay) == (7, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- P1: several processes
+
+
+def steps_gradients(number, cases):
+    return [step_gradients(flags, dtype) for flags, dtype in cases]
+
+
+def step_gradients(flags, dtype):
+    """Losses, gradients and statistics of one step on a global batch of 16 digits, from whichever share this process has."""
+    networks, _ = built(*flags)
+    for network in networks.values():
+        network.to(dtype)
+    data, _ = common.load_data("digits")
+    (_, views, _), = common.ViewLoader(data, common.byol_views(8 if "resnet18" in flags else 16, blur=False), 16, 0, "cpu").steps(3, 4)
+    models = {name: common.distributed(n) if isinstance(n, simdis.Learner) else n for name, n in networks.items()}
+    x1, x2 = (x.to(dtype) for x in views)
+    with torch.no_grad():
+        z = {name: model(x1, x2) for name, model in models.items() if not isinstance(networks[name], simdis.Learner)}
+    losses, learners = {}, [name for name in networks if name not in z]
+    p = {}
+    for name in learners:
+        z[name], p[name] = models[name](x1, x2)
+    for name in learners:
+        losses |= {f"{name} {target}": term for target, term in simdis.target_losses(p[name], z).items()}
+    sum(losses.values()).backward()
+    gradients = {f"{name}.{key}": q.grad for name, n in networks.items() for key, q in n.named_parameters() if q.grad is not None}
+    statistics = {f"{name}.{key}": b for name, n in networks.items() for key, b in n.named_buffers() if "running" in key}
+    return {"losses": {name: common.mean_over_processes(term) for name, term in losses.items()}, "gradients": gradients,
+            "statistics": statistics}
+
+
+def assert_same_step(alone, one, tolerance):
+    scale = torch.cat([g.flatten() for g in alone["gradients"].values()]).norm()
+    assert len(alone["gradients"]) > 10 and scale > 1e-3
+    for name, loss in alone["losses"].items():
+        torch.testing.assert_close(one["losses"][name], loss, rtol=1e-5, atol=0)
+    assert one["gradients"].keys() == alone["gradients"].keys()
+    difference = torch.cat([(one["gradients"][n] - g).flatten() for n, g in alone["gradients"].items()]).norm()
+    assert difference / scale < tolerance
+    for name, value in alone["statistics"].items():
+        torch.testing.assert_close(one["statistics"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_world_size_does_not_matter(in_processes, teacher_file):
+    """P1: two processes with 8 images each = one with 16: losses, gradients of S and T, BatchNorm statistics, 1e-5 in fp32.
+
+    ResNets, whose BatchNorm2d amplifies rounding, are compared in fp64, closer. Last, Sec. 4.3's BatchNorm: one process is as
+    before; two have statistics of their own, so their losses differ, and DDP still gives both the same gradient.
+    """
+    resnets = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", "8"]
+    cases = [(stage_flags(stage, teacher_file), torch.float32) for stage in ("online", "offline", "teacher")]
+    cases += [(resnets, torch.float64), (["--no-sync_bn"], torch.float32)]
+    alone = steps_gradients(0, cases)
+    both = in_processes(2, steps_gradients, cases)
+    for case, tolerance in enumerate((1e-5, 1e-5, 1e-5, 1e-10)):
+        for one in both:
+            assert_same_step(alone[case], one[case], tolerance)
+    assert same(alone[0], alone[-1])
+    one, two = (results[-1] for results in both)
+    assert any(not torch.equal(one["statistics"][name], two["statistics"][name]) for name in one["statistics"])
+    assert not torch.allclose(one["losses"]["student T^-v'"], alone[0]["losses"]["student T^-v'"], rtol=1e-5)
+    assert same(one["gradients"], two["gradients"])
+
+
+def test_torchrun_gives_the_same_trace(tmp_path, monkeypatch):
+    """P1 from the command line: the logged losses and k-NN of two processes are those of one, of teacher and student."""
+    with_knn(monkeypatch)
+    train(tmp_path / "1", "--max_steps", 4)
+    result = run_script("simdis.py", *TINY, *NANO, "--max_steps", 4, "--output_dir", tmp_path / "2", processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (read_log(tmp_path / str(processes)) for processes in (1, 2))
+    assert len(one) == len(two) == 8  # four steps, and two k-NN checks of two networks
+    compared = set()
+    for a, b in zip(one, two):
+        for name in a.keys() & b.keys():
+            if name.startswith(("loss", "knn")):
+                compared.add(name)
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert {"loss", "loss_student", "loss_teacher", "loss_student_T^-v'", "knn", "knn_teacher"} <= compared
+
+
+# ---------------------------------------------------------------------------------------------- P2, P3: exact repeats
+
+
+@pytest.mark.parametrize("stage,optimizer", [("online", "adamw"), ("offline", "lars"), ("teacher", "sgd")])
+def test_resume_is_exact_and_seeds_count(stage, optimizer, teacher_file, tmp_path):
+    """P2 and P3: 3 steps, stop, resume, 3 steps = 6 steps, both pairs bit for bit, across an epoch's end; other seeds differ."""
+    flags = [*stage_flags(stage, teacher_file), "--optimizer", optimizer, "--lr", 0.1, "--weight_decay", 0.01, "--batch_size", 359,
+             "--img_size", 8]
+    whole = train(tmp_path / "whole", *flags, "--max_steps", 6)  # four steps an epoch
+    train(tmp_path / "parts", *flags, "--max_steps", 3)
+    parts = train(tmp_path / "parts", *flags, "--max_steps", 6, "--resume")
+    whole["args"] = parts["args"] = None
+    assert same(whole, parts)
+    pairs = {"teacher", "teacher_momentum"} | ({"student", "student_momentum"} if stage != "teacher" else set())
+    assert pairs <= whole.keys() and whole["optimizer"]["state"]
+    timing = {"images_per_s", "data_wait"}
+    traces = [[{k: v for k, v in record.items() if k not in timing} for record in read_log(tmp_path / name) if "loss" in record]
+              for name in ("whole", "parts")]
+    assert traces[0] == traces[1] and len(traces[0]) == 6
+    other = train(tmp_path / "seed", *flags, "--max_steps", 6, "--seed", 1)
+    assert not same(whole[whole["meta"]["network"]], other[whole["meta"]["network"]])
+
+
+def test_offline_resumes_with_the_teacher_it_had(teacher_file, tmp_path):
+    """The frozen teacher comes from the checkpoint, though its file has changed since."""
+    shutil.copy(teacher_file, tmp_path / "teacher.pth")
+    flags = stage_flags("offline", tmp_path / "teacher.pth")
+    train(tmp_path / "run", *flags, "--max_steps", 2)
+    content = torch.load(teacher_file, weights_only=True)
+    content["teacher"]["projector.0.weight"] += 1
+    torch.save(content, tmp_path / "teacher.pth")
+    parts = train(tmp_path / "run", *flags, "--max_steps", 4, "--resume")
+    whole = train(tmp_path / "whole", *stage_flags("offline", teacher_file), "--max_steps", 4)
+    assert same(parts["student"], whole["student"]) and same(parts["teacher"], whole["teacher"])
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Class folders with images of several sizes, so that they are decoded by workers."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def test_workers_do_not_matter(image_folder, tmp_path):
+    """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
+    flags = ["--data", image_folder, "--img_size", 32, "--batch_size", 8, "--epochs", 4, "--optimizer", "adamw"]
+    a = train(tmp_path / "a", *flags, "--max_steps", 5, "--num_workers", 0)
+    train(tmp_path / "b", *flags, "--max_steps", 2, "--num_workers", 2)
+    b = train(tmp_path / "b", *flags, "--max_steps", 5, "--num_workers", 1, "--resume")
+    a["args"] = b["args"] = None
+    assert same(a, b)
+
+
+# ------------------------------------------------------------------------------------------- P5, P6: runs in the wild
+
+
+def test_two_files_in_an_empty_folder_run(tmp_path):
+    """P5, P9: k-NN of teacher and student before and after, Table 1's count, the bar."""
+    for name in ("common.py", "simdis.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    result = run_script("simdis.py", "--max_steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "runs/simdis").iterdir()) == ["backbone.pth", "checkpoint.pth", "curves.png", "log.jsonl"]
+    assert len(re.findall(r"teacher: k-NN top-1", result.stdout)) == 2 == len(re.findall(r"step \d .*: k-NN top-1", result.stdout))
+    assert "chance level" in result.stdout and "multiply-adds of an image, as in Table 1: teacher" in result.stdout
+    assert "loss" in result.stderr and "img/s" in result.stderr and "lr" in result.stderr
+    assert all(0 <= record["data_wait"] <= 1 for record in read_log(tmp_path / "runs/simdis") if "loss" in record)
+
+
+def test_teacher_then_offline(tmp_path, monkeypatch, capsys):
+    """The chain of both stages: the offline one prints the k-NN of the frozen teacher first, where the other ended, and once."""
+    with_knn(monkeypatch)
+    train(tmp_path / "teacher", "--stage", "teacher", "--max_steps", 2)
+    trained = re.findall(r"top-1 ([\d.]+) %", capsys.readouterr().out)[-1]
+    train(tmp_path / "offline", *stage_flags("offline", tmp_path / "teacher" / "checkpoint.pth"), "--max_steps", 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
+    assert lines[0] == f"teacher: k-NN top-1 {trained} %" and lines[1].startswith("step 0 ") and len(lines) == 3
+    found = [set(record) & {"knn", "knn_teacher"} for record in read_log(tmp_path / "offline")]
+    assert found == [{"knn_teacher"}, {"knn"}, set(), set(), {"knn"}]
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    train(tmp_path, "--max_steps", 1)
+    assert_one_line_error(run_in_process(capsys, *NANO, "--output_dir", tmp_path), "already holds a run", "--resume")
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path, capsys):
+    """P6: the step and the term are named, exit code 1, and the checkpoint is the one from before."""
+    train(tmp_path, "--max_steps", 3)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    checkpoint["student"]["predictors.T-v.3.weight"][0, 0] = math.nan
+    common.save_file(checkpoint, tmp_path / "checkpoint.pth")
+    poisoned = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, "--max_steps", 40, "--resume", "--log_every", 7)
+    assert stopped.value.code == 1
+    assert "loss_student_T-v was not finite at step 4" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == poisoned
+
+
+def test_signal_saves_and_exits(tmp_path):
+    """P6: SIGTERM saves where the run is, says so, and exits with 128 + signal; then --resume goes on."""
+    flags = [*TINY, *NANO, "--epochs", "500", "--save_every", "0", "--output_dir", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "simdis.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "log.jsonl").exists() or len(read_log(tmp_path)) < 4:
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "continue with --resume" in output
+    step = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
+    assert step >= 2 and read_log(tmp_path)[-1]["step"] == step
+    assert train(tmp_path, "--epochs", 500, "--save_every", 0, "--resume", "--max_steps", step + 1)["step"] == step + 1
+
+
+# ------------------------------------------------------------------------------------------------------ P7: bad input
+
+
+def run_in_process(capsys, *flags):
+    """main() as `python simdis.py` calls it -> something like a finished process."""
+    with pytest.raises(SystemExit) as stopped:
+        common.run(lambda: simdis.train(simdis.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
+    output, error = capsys.readouterr()
+    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+
+
+def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher_file):
+    """P7: what is wrong and what to do, exit code 2."""
+
+    def check(*flags, says):
+        assert_one_line_error(run_in_process(capsys, "--output_dir", tmp_path / "run", *flags), *says)
+
+    check("--targets", "8v", says=["unknown --targets 8v", "byol, 2v, 7v", r"T\^-v'"])
+    check("--stage", "teacher", "--targets", "2v", says=["--targets are the student's"])
+    check("--stage", "offline", says=["--stage offline needs --teacher FILE"])
+    check("--teacher", teacher_file, says=["--stage offline needs --teacher FILE", "the other stages take none"])
+    check("--stage", "offline", "--teacher", teacher_file, "--targets", "byol", says=["no target of the teacher", "--stage online"])
+    check("--optimizer", "lars", says=["no rates for --optimizer lars", "--lr and --weight_decay"])
+    check("--teacher_arch", "resnet20", says=["unknown --arch resnet20", "resnet50"])
+    check("--arch", "vit_giant", says=["unknown --arch vit_giant", "vit_small"])
+    check("--data", tmp_path / "nowhere", says=["nowhere is neither a directory nor one of", "digits"])
+    check("--data", image_folder, *NANO, "--batch_size", 100, says=["24 images are fewer than --batch_size 100"])
+    check("--img_size", 18, says=["18 x 18 is not a multiple of patch size 4"])
+    check("--batch_size", 1, says=["--batch_size must be at least 2"])
+    (tmp_path / "empty").mkdir()
+    check("--data", tmp_path / "empty", says=["no images under", "empty"])
+    (tmp_path / "cut").mkdir()
+    photo = next((image_folder / "train" / "cat").iterdir()).read_bytes()
+    for i in range(8):
+        (tmp_path / "cut" / f"{i}.jpg").write_bytes(photo if i != 5 else photo[: len(photo) // 2])
+    check("--data", tmp_path / "cut", *NANO, "--batch_size", 8, says=[r"cannot read image \S*cut/5.jpg", "replace or delete"])
+
+    offline = ["--stage", "offline", "--teacher"]
+    check(*offline, tmp_path / "none.pth", says=["no checkpoint file"])
+    (tmp_path / "not.pth").write_text("not a checkpoint")
+    check(*offline, tmp_path / "not.pth", says=["not a PyTorch checkpoint"])
+    torch.save(common.vit_nano(img_size=16, patch_size=8).state_dict(), tmp_path / "bare.pth")
+    check(*offline, tmp_path / "bare.pth", says=["holds no teacher of simdis.py", "--stage teacher"])
+    content = torch.load(teacher_file, weights_only=True)
+    del content["teacher"]["projector.3.bias"]
+    torch.save(content, tmp_path / "short.pth")
+    check(*offline, tmp_path / "short.pth", says=["1 keys are missing", "projector.3.bias"])
+    check("--init", tmp_path / "none.pth", says=["no checkpoint file"])
+    check("--init", teacher_file, "--arch", "vit_tiny", says=["does not fit this architecture"])
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_resume_with_other_settings_is_refused(tmp_path, capsys):
+    train(tmp_path, "--max_steps", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    result = run_in_process(capsys, *NANO, "--output_dir", tmp_path, "--resume", "--targets", "2v")
+    assert_one_line_error(result, "cannot resume", r"--targets was")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------- P8, P10: what is saved
+
+
+def test_resnet_student_loads_into_torchvision(tmp_path):
+    """P10, P8: backbone.pth is the student, strict in torchvision's ResNet-18 with equal outputs."""
+    import torchvision
+
+    flags = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", 64, "--batch_size", 4, "--max_steps", 1, "--hidden", 8]
+    checkpoint = train(tmp_path / "run", *flags)
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(torch.load(tmp_path / "run" / "backbone.pth", weights_only=True), strict=True)
+    student = {key.removeprefix("backbone."): value for key, value in checkpoint["student"].items() if key.startswith("backbone.")}
+    assert same(student, dict(theirs.state_dict()))
+    ours, meta = common.load_backbone(tmp_path / "run" / "checkpoint.pth")
+    assert meta["network"] == "student" and meta["backbone"]["arch"] == "resnet18"
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "online"])
+def test_both_evaluations_take_the_checkpoint(stage, tmp_path, monkeypatch, capsys):
+    """A small-image ResNet-18, as teacher and as student."""
+    train(tmp_path / "run", "--stage", stage, "--arch", "resnet18", "--teacher_arch", "resnet18" if stage == "teacher" else "vit_nano",
+          "--img_size", 8, "--max_steps", 1, "--hidden", 8)
+    common_flags = ["--checkpoint", tmp_path / "run" / "checkpoint.pth", "--data", "digits"]
+    for script, flags in ((eval_knn, ["--k", 20]), (eval_linear, ["--cached", "--epochs", 1, "--output_dir", tmp_path / "probe"])):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, common_flags + flags)])
+        script.main()
+    printed = capsys.readouterr().out
+    assert f"({stage if stage == 'teacher' else 'student'})" in printed and (tmp_path / "probe" / "results.json").exists()
+
+
+def test_vit_student_loads_into_timm(tmp_path):
+    import timm
+
+    train(tmp_path, "--arch", "vit_tiny", "--depth", 0, "--max_steps", 1, "--batch_size", 8)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, num_classes=0)
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+    ours, _ = common.load_backbone(tmp_path / "checkpoint.pth")
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_timm_networks_teach_and_learn(tmp_path):
+    """A timm ViT teaches a timm ResNet; the weights keep timm's keys."""
+    import timm
+
+    train(tmp_path, "--arch", "timm/resnet10t", "--teacher_arch", "timm/vit_tiny_patch16_224", "--img_size", 32, "--batch_size", 4,
+          "--max_steps", 1)
+    theirs = timm.create_model("resnet10t", num_classes=0)
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+
+
+def test_an_online_teacher_can_teach_offline(tmp_path):
+    """Any checkpoint that holds the teacher's pair will do; its sizes come with it."""
+    train(tmp_path / "online", "--max_steps", 1)
+    after = train(tmp_path / "offline", *stage_flags("offline", tmp_path / "online" / "checkpoint.pth"), "--max_steps", 1, "--hidden", 8)
+    assert after["meta"]["teacher"]["arch"] == "vit_nano" and after["teacher"]["projector.0.weight"].shape == (16, 96)
+    assert after["student"]["projector.0.weight"].shape == (8, 96)
+
+
+def test_init_starts_the_kept_network_from_weights(tmp_path, teacher_file):
+    saved = torch.load(teacher_file.parent / "backbone.pth", weights_only=True)
+    for stage, name, flags in (("teacher", "teacher", []), ("online", "student", ["--depth", 0])):
+        networks, _ = built("--stage", stage, "--init", teacher_file, *flags)
+        for network in (networks[name], networks[f"{name}_momentum"]):
+            assert all(torch.equal(network.backbone.state_dict()[key], value) for key, value in saved.items())
+
+
+# ------------------------------------------------------------------------------------------------- the paper's tables
+
+
+@pytest.mark.parametrize("stage", ["online", "offline"])
+@pytest.mark.parametrize("row", range(9))
+def test_rows_of_table_2_run(stage, row, teacher_file, tmp_path):
+    """All of them by their targets: two steps, one logged loss for each target, the student's loss their mean."""
+    targets = TABLE_2[row]
+    if stage == "offline" and row == 0:
+        return  # the table has none
+    train(tmp_path, *stage_flags(stage, teacher_file), "--targets", *reversed(targets), "--max_steps", 2)
+    for record in read_log(tmp_path):
+        terms = [record[f"loss_student_{target}"] for target in targets]
+        assert sum(name.startswith("loss_student_") for name in record) == len(targets) and all(0 < term < 8 for term in terms)
+        assert record["loss_student"] == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        trained = stage == "online" and len(targets) > 1
+        assert ("loss_teacher" in record) == trained
+        assert record["loss"] == pytest.approx(record["loss_student"] + record.get("loss_teacher", 0), rel=1e-5)
+
+
+def test_targets_by_preset_and_by_name():
+    assert list(built("--targets", "2v", "S-v'", "2v")[0]["student"].predictors) == ["S-v'", "S^-v'", "T^-v'"]
+    networks, meta = built("--targets", "byol")
+    assert set(networks) == {"student", "student_momentum"} and "teacher" not in meta
+    networks, meta = built("--stage", "teacher")
+    assert set(networks) == {"teacher", "teacher_momentum"} and meta["network"] == "teacher" and meta["backbone"] == meta["teacher"]
+
+
+def test_flops_are_those_of_table_1():
+    """4.1 G for ResNet-50, 1.8 G for ResNet-18, 12 M for the six predictors of the distillation terms."""
+    pair = {}
+    with torch.device("meta"):
+        for name, arch, targets in (("teacher", "resnet50", ["T^-v'"]), ("student", "resnet18", list(simdis.TARGETS))):
+            pair[name] = simdis.Learner(common.create_backbone(arch, 224), targets, 4096)
+    flops = simdis.table1_flops(pair, 224)
+    assert flops["teacher"] == pytest.approx(4.1e9, rel=0.01) and flops["student"] == pytest.approx(1.8e9, rel=0.02)
+    assert flops["predictors"] == 7 * 2 * 256 * 4096 and 6 / 7 * flops["predictors"] == pytest.approx(12e6, rel=0.05)
+    pair["teacher"] = simdis.frozen_copy(pair["teacher"])
+    assert simdis.table1_flops(pair, 224)["teacher"] == 2 * flops["teacher"]  # 8.2 G: it was trained before
+
+
+def test_flops_of_a_vit():
+    """Against the count by hand: patches, then for each block 12 T D^2 + 2 T^2 D; nothing of the network is touched."""
+    vit = common.vit_nano(img_size=16, patch_size=4)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    T, D = 17, 96
+    assert simdis.multiply_adds(vit, 3, 16, 16) == 16 * 48 * D + 4 * (12 * T * D**2 + 2 * T**2 * D)
+    assert same(before, dict(vit.state_dict())) and vit.training
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_every_flag_is_read():
+    """No dead flags: each destination is read as an attribute of args somewhere."""
+    source = (ROOT / "simdis.py").read_text() + (ROOT / "common.py").read_text()
+    for name in vars(simdis.parse_arguments([])):
+        assert re.search(rf"\bargs\.{name}\b", source), name
+
+
+def test_help_works(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        simdis.parse_arguments(["--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--targets" in printed and "S^-v'" in printed
+
+
+def test_flags_change_what_they_name():
+    networks, meta = built("--depth", 3, "--teacher_arch", "vit_tiny", "--hidden", 24)
+    assert len(networks["student"].backbone.blocks) == 3 and meta["student"]["depth"] == 3
+    assert networks["teacher"].backbone.embed_dim == 192 and len(networks["teacher"].backbone.blocks) == 12
+    assert networks["teacher"].projector[0].weight.shape == (24, 192) and networks["student"].predictors["T-v"][0].weight.shape == (24, 256)
+    local, _ = built("--no-sync_bn", "--arch", "resnet18")
+    norms = [m for network in local.values() for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) > 40 and all(type(m) is simdis.LocalBatchNorm for m in norms)
+
+
+def test_an_architecture_by_name_has_its_own_depth(tmp_path):
+    """The recipe's depth is that of the recipe's student."""
+    flags = [*TINY, "--device", "cpu", "--max_steps", "0", "--epochs", "1", "--hidden", "8"]
+    named = ["--arch", "vit_nano"]
+    for name, extra, blocks in (("recipe", [], 1), ("named", named, 4), ("both", [*named, "--depth", "2"], 2)):
+        simdis.train(simdis.parse_arguments([*flags, "--max_steps", "1", *extra, "--output_dir", str(tmp_path / name)]))
+        backbone, _ = common.load_backbone(tmp_path / name / "checkpoint.pth")
+        assert len(backbone.blocks) == blocks
+
+
+def test_recipes_follow_the_paper():
+    """Sec. 4 and 4.3: networks, rates, warm-up, batch, momentum, head width; BYOL's views, without blur at 32 pixels."""
+    paper = simdis.RECIPES["imagenet"]
+    assert (paper["arch"], paper["teacher_arch"], paper["hidden"]) == ("resnet18", "resnet50", 4096)
+    assert (paper["warmup_epochs"], paper["batch_size"], paper["momentum"], paper["optimizer"]) == (10, 2048, 0.99, "lars")
+    assert paper["rates"] == dict(lars=(0.3, 1e-4), sgd=(0.05, 1e-4))
+    one, two = common.byol_views(224, **paper["views"])
+    assert (one.scale, one.jitter, one.p_jitter, one.grey, one.blur, one.solarize) == ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 1.0, 0.0)
+    assert (two.blur, two.solarize, two.flip) == (0.1, 0.2, 0.5)
+    for name, recipe in simdis.RECIPES.items():
+        assert recipe.keys() - {"depth"} == paper.keys() and recipe["optimizer"] in recipe["rates"], name
+        assert (recipe["img_size"] <= 32) == (recipe["views"].get("blur") is False)
+
+
+def test_low_precision_stays_close(tmp_path):
+    """bf16 autocast on CPU, and training stays close to fp32."""
+    train(tmp_path / "fp32", "--max_steps", 3)
+    train(tmp_path / "bf16", "--max_steps", 3, "--dtype", "bf16")
+    a, b = (read_log(tmp_path / name)[2] for name in ("fp32", "bf16"))
+    assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_photographs_without_labels(photos, tmp_path, monkeypatch):
+    """A flat folder takes ImageNet's recipe, with LARS, and says nothing of k-NN."""
+    with_knn(monkeypatch)
+    train(tmp_path, "--data", photos, "--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", 64, "--batch_size", 4,
+          "--max_steps", 1)
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["args"]["optimizer"] == "lars"
+    assert not any("knn" in name for record in read_log(tmp_path) for name in record)
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_eager(tmp_path):
+    train(tmp_path / "eager", "--max_steps", 2)
+    train(tmp_path / "compiled", "--max_steps", 2, "--compile")
+    a, b = (read_log(tmp_path / name)[1] for name in ("eager", "compiled"))
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_default_run_learns(tmp_path):
+    """The README's command: k-NN of both networks on digits starts below 70 %; the student gets to 75 %, its teacher to 80 %."""
+    result = run_script("simdis.py", "--output_dir", tmp_path, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    for name, enough in (("knn", 75), ("knn_teacher", 80)):
+        accuracies = [record[name] for record in read_log(tmp_path) if name in record]
+        assert accuracies[0] < 70 and accuracies[-1] >= enough
