@@ -1176,6 +1176,8 @@ class Run:
         elapsed = max(now - self.clock, 1e-9)
         speed = steps * self.args.batch_size / elapsed
         values = {**dict(zip(losses, means, strict=True)), **values}
+        if self.args.device.startswith("cuda"):
+            values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if features is not None:
             ratio, effective_rank = (x.item() for x in spread(features))
             values |= {"std_ratio": ratio, "effective_rank": effective_rank}
