@@ -772,6 +772,23 @@ class TimmBackbone(nn.Module):
         return [prefix[:, 0] for _, prefix in outputs]  # L of (B, D)
 
 
+def patch_side(backbone) -> int:
+    """Pixels that the sides of an image must be a multiple of."""
+    embed = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
+    return 1 if embed is None else embed.proj.kernel_size[0]
+
+
+def token_layers(backbone, x: Tensor, layers: bool) -> list[tuple[Tensor, Tensor]]:
+    """Images (B, 3, H, W) -> [CLS] (B, D) and patch tokens (B, h, w, D), after the final norm, of all layers or of the last."""
+    n, side = len(backbone.layer_dims) if layers else 1, patch_side(backbone)
+    if isinstance(backbone, TimmBackbone):
+        outputs = backbone.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
+        outputs = [(prefix[:, 0], patches) for patches, prefix in outputs]
+    else:
+        outputs = [(tokens[:, 0], tokens[:, 1:]) for tokens in backbone.get_intermediate_layers(x, n)]
+    return [(cls, patches.unflatten(1, (x.shape[-2] // side, x.shape[-1] // side))) for cls, patches in outputs]
+
+
 def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16, pretrained=False, **options) -> nn.Module:
     """A backbone by name: `vit_*`, `resnet*` or `timm/NAME`. Options are the ViT's; those that are None keep its default."""
     options = {name: value for name, value in options.items() if value is not None}

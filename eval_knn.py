@@ -59,9 +59,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, TimmBackbone, autocast, barrier, extract_features,
+from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, autocast, barrier, extract_features,
                     find_images, fp32, knn_classifier, load_backbone, load_data, log, mean_over_processes, non_negative,
-                    normalize, rank, read_image, run, save_file, setup, world_size)
+                    normalize, patch_side, rank, read_image, run, save_file, setup, token_layers, world_size)
 
 TASKS = {  # the settings of each, with DINO's defaults; a flag that a task does not list is not for it
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07, features=None),
@@ -82,23 +82,6 @@ def split_features(data: ImageData, backbone, meta: dict, device, args) -> dict:
         batch_size=args.batch_size, num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])  # one or L of (N, D)
     return {"features": features if args.layers == "all" else features[0], "labels": data.labels[rows],
             "paths": [data.paths[i] for i in rows.tolist()] if data.paths else rows, "classes": data.classes}
-
-
-def patch_side(backbone) -> int:
-    """Pixels that the sides of an image must be a multiple of."""
-    embed = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
-    return 1 if embed is None else embed.proj.kernel_size[0]
-
-
-def token_layers(backbone, x: Tensor, layers: bool) -> list[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) -> [CLS] (B, D) and patch tokens (B, h, w, D), after the final norm, of all layers or of the last."""
-    n, side = len(backbone.layer_dims) if layers else 1, patch_side(backbone)
-    if isinstance(backbone, TimmBackbone):
-        outputs = backbone.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
-        outputs = [(prefix[:, 0], patches) for patches, prefix in outputs]
-    else:
-        outputs = [(tokens[:, 0], tokens[:, 1:]) for tokens in backbone.get_intermediate_layers(x, n)]
-    return [(cls, patches.unflatten(1, (x.shape[-2] // side, x.shape[-1] // side))) for cls, patches in outputs]
 
 
 class Photographs(torch.utils.data.Dataset):

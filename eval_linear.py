@@ -20,6 +20,7 @@ Layer decay, Mixup, CutMix, RandAugment and random erasing are timm's. It learns
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --cached --pool both --output_dir runs/both
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --finetune all
     python eval_linear.py --compare runs/linear-0 runs/linear-1 runs/plain-0 runs/plain-1   # multi-exit curves, by seed
+    python eval_linear.py --checkpoint FILE --data cifar10 pets CUB_FOLDER --finetune all      # a table of several data sets
     torchrun --nproc_per_node=8 eval_linear.py --arch vit_small --patch_size 16 --checkpoint FILE --data DIR --layers all
 
 --output_dir gets checkpoint.pth, log.jsonl, curves.png, results.json and, with --layers all, multi_exit.png.
@@ -58,10 +59,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Run, TimmBackbone, View,
+from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Run, View,
                     ViewLoader, apply_recipe, autocast, cosine_schedule, crop_and_resize, crop_boxes, distributed, eval_batches,
                     extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes, non_negative,
-                    rank, run, setup, world_size)
+                    rank, run, setup, token_layers, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -100,13 +101,8 @@ def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> li
     """
     if pool == "cls" or not has_tokens(backbone):
         return backbone(x, layers=True) if layers else [backbone(x)]
-    n = len(backbone.layer_dims) if layers else 1
-    if isinstance(backbone, TimmBackbone):
-        outputs = backbone.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
-        outputs = [(prefix[:, 0], patches.mean(1)) for patches, prefix in outputs]  # (B, D) each
-    else:
-        outputs = [(tokens[:, 0], tokens[:, 1:].mean(1)) for tokens in backbone.get_intermediate_layers(x, n)]
-    return [mean if pool == "mean" else torch.cat([cls, mean], 1) for cls, mean in outputs]
+    tokens = [(cls, patches.mean((1, 2))) for cls, patches in token_layers(backbone, x, layers)]  # (B, D) each
+    return [mean if pool == "mean" else torch.cat([cls, mean], 1) for cls, mean in tokens]
 
 
 def pooled_dims(backbone: nn.Module, pool: str, layers: bool) -> list[int]:
@@ -376,8 +372,9 @@ def compare(folders: list[str], output_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: ImageData | None, test: ImageData) -> None:
-    """Both evaluations: probes of frozen features, or a classifier that brings its backbone along."""
+def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: ImageData | None,
+          test: ImageData) -> list[dict]:
+    """Both evaluations: probes of frozen features, or a classifier that brings its backbone along -> what `report` prints."""
     classes, scale, finetuned = len(data.classes), args.batch_size / 256, args.finetune is not None
     if finetuned:
         network = Classifier(backbone, args.pool, classes, args.finetune == "head").to(device)
@@ -459,7 +456,8 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
         job.after_step(step, state)
 
     if job.stop < total:
-        return log(f"stopped by --max_steps after {job.stop} of {total} steps: the test images have not been looked at")
+        log(f"stopped by --max_steps after {job.stop} of {total} steps: the test images have not been looked at")
+        return []
     network.eval()
 
     def predict(x):
@@ -471,9 +469,10 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
     tested = evaluate(lambda x: predict(x)[chosen][:, :, None], test, meta, device, args, "test")  # (3, L, 1)
     if held and len(args.lr) > 1 and {0, len(args.lr) - 1} & set(choice.tolist()):
         log("a chosen learning rate is at the edge of the grid: a wider --lr may do better")
-    report(job.folder, [dict(
-        layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=grid[0, l, r].item() if held else None,
-        test_top1=tested[0, l, 0].item(), test_top5=tested[1, l, 0].item()) for l, r in enumerate(choice.tolist())], grid, args)
+    rows = [dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=grid[0, l, r].item() if held else None,
+                 test_top1=tested[0, l, 0].item(), test_top5=tested[1, l, 0].item()) for l, r in enumerate(choice.tolist())]
+    report(job.folder, rows, grid, args)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -482,7 +481,8 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits", help=f"digits, {', '.join(DATASETS)}, or a directory (default: digits)")
+    group.add_argument("--data", nargs="+", default=["digits"],
+                       help=f"one or several of digits, {', '.join(DATASETS)}, or directories (default: digits)")
     group.add_argument("--data_path", default="data", help="where named data sets are, or are downloaded to (default: data)")
     group.add_argument("--img_size", type=int, help="side of the images in pixels (default: the checkpoint's, else 224)")
     group.add_argument("--holdout", type=float, help="share of the training images to choose by (default: 0.1; 0 for one --lr)")
@@ -532,9 +532,28 @@ FINETUNE_LIMITS = {"warmup_epochs": (0, 1e6), "layer_decay": (0.01, 1), "mixup":
 
 
 def main():
+    """Each data set by itself; of several, each in a folder of its own, and a table at the end (SDSSL's Table 4)."""
     args = parse_arguments()
     if args.compare:
         return compare(args.compare, Path(args.output_dir))
+    names = {data: Path(data).name or data for data in args.data}
+    if len(set(names.values())) < len(args.data):
+        raise InputError("two data sets of one name would share a folder: rename one")
+    tables = {}
+    for data, name in names.items():
+        one = argparse.Namespace(**{**vars(args), "data": data})
+        if len(names) > 1:
+            one.output_dir = str(Path(args.output_dir) / name)
+        tables[name] = evaluate_on(one)
+    if len(tables) > 1 and all(tables.values()):
+        log("\ntest top-1 in per cent\n" + " ".join(f"{column:>10}" for column in ["layer", *tables, "mean"]))
+        for rows in zip(*tables.values(), strict=True):
+            found = [row["test_top1"] for row in rows]
+            log(f"{rows[0]['layer']:>10} " + " ".join(f"{value:10.2f}" for value in [*found, sum(found) / len(found)]))
+
+
+def evaluate_on(args) -> list[dict]:
+    """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
     for name, limits in (LIMITS | FINETUNE_LIMITS).items():
         given = getattr(args, name)
         if given is not None and name in FINETUNE_LIMITS and not args.finetune:
@@ -566,7 +585,7 @@ def main():
     source = "timm's pretrained weights" if arch.startswith("timm/") else "random weights, for want of --checkpoint"
     log(f"{arch} with {args.checkpoint or source}, at {meta['img_size']} pixels; {len(held or [])} images held out, "
         f"{len(test)} test images")
-    train(args, backbone.to(device), meta, device, data, held, test)
+    return train(args, backbone.to(device), meta, device, data, held, test)
 
 
 if __name__ == "__main__":

@@ -1143,12 +1143,12 @@ def test_other_backbones(student, copydays, oxford, evaluate, tmp_path):
     ours, theirs = (load_backbone(str(tmp_path / "weights.pth"), arch, 16, 32)[0] for arch in archs)
     x = torch.randn(2, 3, 32, 32)
     for layers in (False, True):
-        found = [eval_knn.token_layers(backbone, x, layers) for backbone in (ours, theirs)]
+        found = [common.token_layers(backbone, x, layers) for backbone in (ours, theirs)]
         assert len(found[0]) == len(found[1]) == (12 if layers else 1) and found[0][0][1].shape == (2, 2, 2, 192)
         for (cls, patches), (their_cls, their_patches) in zip(*found, strict=True):
             torch.testing.assert_close(cls, their_cls, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(patches, their_patches, rtol=1e-4, atol=1e-4)
-    assert eval_knn.token_layers(ours, torch.randn(1, 3, 48, 80), False)[0][1].shape == (1, 3, 5, 192)
+    assert common.token_layers(ours, torch.randn(1, 3, 48, 80), False)[0][1].shape == (1, 3, 5, 192)
     options = ["--num_workers", 0, "--img_size", 32, "--overwrite", "--output_dir", tmp_path / "out"]
     copy = ["--task", "copy", "--data", copydays, "--layers", "all", *options]
     result = evaluate("--arch", archs[1], "--checkpoint", tmp_path / "weights.pth", *copy)

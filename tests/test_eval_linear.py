@@ -769,3 +769,22 @@ def test_compare_draws_means_over_seeds(tmp_path, capsys):
     (tmp_path / "a-0" / "results.json").write_text(json.dumps({"rows": [{"test_top1": 1.0}]}))
     with pytest.raises(common.InputError, match="same number of layers"):
         eval_linear.compare([str(tmp_path / "a-0"), str(tmp_path / "b-0")], tmp_path)
+
+
+def test_several_data_sets_are_one_table(evaluate, tmp_path):
+    """Each in a folder of its own with the numbers of a run alone; then a line for each layer, and the mean."""
+    for name in ("one", "two"):
+        write_folder(tmp_path / name, (20, 20))
+    flags = ["--arch", "vit_nano", "--patch_size", 8, "--img_size", 16, "--cached", "--layers", "all", "--epochs", 2, "--batch_size", 8]
+    result = evaluate("both", *flags, "--data", tmp_path / "one", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    alone = evaluate("alone", *flags, "--data", tmp_path / "two")
+    assert alone.returncode == 0, alone.stderr
+    rows = {name: json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("both/one", "both/two", "alone")}
+    assert rows["both/two"] == rows["alone"] and len(rows["alone"]) == 4
+    lines = result.stdout.split("test top-1 in per cent\n")[1].splitlines()
+    assert lines[0].split() == ["layer", "one", "two", "mean"] and len(lines) == 5
+    first, second = (rows[f"both/{name}"][3]["test_top1"] for name in ("one", "two"))
+    assert list(map(float, lines[4].split())) == pytest.approx([4, first, second, (first + second) / 2], abs=0.01)
+    same = evaluate("same", *flags, "--data", tmp_path / "one", tmp_path / "x" / "one")
+    assert_one_line_error(same, "two data sets of one name")
