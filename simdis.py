@@ -27,7 +27,7 @@ Commands:
     torchrun --nproc_per_node=32 simdis.py --data IMAGENET                   the paper's run (Table 1)
     torchrun --nproc_per_node=8 simdis.py --data IMAGENET --optimizer sgd --no-sync_bn --batch_size 1024    Table 2
 
-Measured: the first command (40 epochs, seed 0) takes k-NN of S from 63.9 % to 80.0 %, that of T from 65.8 % to 85.3 %.
+Measured: the first command (40 epochs, seed 0, 1.9 minutes) takes k-NN of S from 63.9 % to 79.7 %, that of T from 65.8 % to 84.2 %.
 
     what                     paper                        released code                 here
     loss of the student      "BYOL and distillation"      mean over the targets         the same
