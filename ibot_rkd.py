@@ -70,9 +70,9 @@ from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Run, View, ViewLoader
 RECIPES = {
     # found by trial on two CPU cores, digits alone: what helps most is a low rate after a long warm-up. In so few steps positions
     # are not learnt; and iBOT's teacher temperature of 0.04 lets its own loss collapse to even outputs
-    "digits": dict(arch="vit_nano", img_size=16, patch_size=4, pos_embed="sincos", epochs=40, batch_size=32, lr=2e-3,
-                   warmup_epochs=12, weight_decay=0.04, momentum=0.99, hidden=128, out_dim=128, drop_path=0.1,
-                   teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=12, local_size=8, local_scale=(0.1, 0.3),
+    "digits": dict(arch="vit_nano", img_size=16, patch_size=4, pos_embed="sincos", epochs=30, batch_size=32, lr=2e-3,
+                   warmup_epochs=10, weight_decay=0.04, momentum=0.99, hidden=128, out_dim=128, drop_path=0.1,
+                   teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=10, local_size=8, local_scale=(0.1, 0.3),
                    views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
     "mnist": dict(arch="vit_nano", img_size=28, patch_size=7, pos_embed="sincos", epochs=5, batch_size=64, lr=2e-3,
                   warmup_epochs=1.5, weight_decay=0.04, momentum=0.99, hidden=128, out_dim=256, drop_path=0.1,

@@ -2,10 +2,16 @@
 import copy
 import io
 import math
+import os
+import random
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, assert_one_line_error, run_script
+from conftest import ROOT, SHARED, assert_one_line_error, read_log, run_script
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -1428,3 +1434,79 @@ def test_knn_monitor_takes_a_spread_of_at_most_most_images():
     seen.clear()
     common.knn_accuracy(Mean(), data, data, 8, CPU, k=1, most=30)
     assert sum(seen) == 60
+
+
+# ------------------------------------------------------------------- kills, restarts and several machines, for every script
+
+METHODS = {"sdssl.py": ["--hidden", 32, "--isd_hidden", 16], "simdis.py": ["--hidden", 32], "rrkd.py": ["--no-baseline"],
+           "ibot_rkd.py": ["--hidden", 32, "--out_dim", 48], "d2v_kd.py": ["--teacher_epochs", 1]}
+ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every", 0, "--log_every", 1, "--num_workers", 0, "--device", "cpu"]
+
+
+def losses_of(folder):
+    return [record for record in read_log(folder) if "loss" in record]
+
+
+def wait_until(condition, seconds=180):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("script, kills", [(script, 1) for script in METHODS if script != "sdssl.py"] + [
+    pytest.param(script, 20, marks=pytest.mark.slow) for script in METHODS])
+def test_kills_at_random_moments(script, kills, tmp_path):
+    """P6: whenever kill -9 comes, the checkpoint is whole or not there, none is older than the last, and --resume goes on from it."""
+    generator, step = random.Random(script), 0
+    flags = [*METHODS[script], *ENDLESS, "--output_dir", tmp_path, "--resume"]
+    flags += ["--loss", "none"] if script == "rrkd.py" else []
+    for _ in range(kills):
+        begun = (tmp_path / "checkpoint.pth").exists()
+        process = subprocess.Popen([sys.executable, script, *map(str, flags)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if not begun:
+            wait_until(lambda: (tmp_path / "checkpoint.pth").exists() or process.poll() is not None)
+        time.sleep(generator.uniform(0, 8 if begun else 1))
+        process.kill()
+        process.wait()
+        now = common.read_checkpoint(tmp_path / "checkpoint.pth")["step"]
+        assert now >= step and now % 22 == 0
+        step = now
+    result = run_script(script, *flags, "--max_steps", step + 2)
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in losses_of(tmp_path)] == list(range(1, step + 3))
+
+
+def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
+    """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
+    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 66]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "sdssl.py"]
+    process = subprocess.Popen([*command, *map(str, flags), "--output_dir", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_until(lambda: (tmp_path / "killed" / "checkpoint.pth").exists())
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
+    killed, whole = ([(record["step"], record["loss"]) for record in losses_of(tmp_path / name)] for name in ("killed", "whole"))
+    assert [step for step, _ in killed] == list(range(1, 67)) and killed == whole
+
+
+def test_two_machines_train_as_one(tmp_path):
+    """Two agents that meet on loopback, one process each, have the trace of one process."""
+    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 3]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "sdssl.py", *map(str, flags), "--output_dir", str(tmp_path / "two")]
+    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    for agent in agents:
+        output, _ = agent.communicate(timeout=300)
+        assert agent.returncode == 0, output[-3000:]
+    assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "one").returncode == 0
+    one, two = ([record["loss"] for record in losses_of(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
