@@ -1248,11 +1248,6 @@ class Run:
 
     def draw_curves(self) -> None:
         """One panel for each logged value over the steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         curves = {}
         for record in self.records():
             for name, value in record.items():
@@ -1260,7 +1255,7 @@ class Run:
                     curves.setdefault(name, []).append((record["step"], value))
         columns = 4
         rows = max(1, math.ceil(len(curves) / columns))
-        figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.2 * rows), squeeze=False, layout="constrained")
+        figure, axes = subplots(rows, columns, 3.2, 2.2)
         for axis in axes.flat[len(curves) :]:
             axis.axis("off")
         for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
@@ -1268,7 +1263,14 @@ class Run:
             axis.set_title(name, fontsize=9)
             axis.tick_params(labelsize=7)
         figure.savefig(self.folder / "curves.png", dpi=80)
-        plt.close(figure)
+
+
+def subplots(rows: int, columns: int, width: float, height: float):
+    """A figure for a file, and its axes (rows, columns), of so many inches each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def plain(values: dict) -> dict:

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, autocast, barrier, extract_features,
                     find_images, fp32, knn_classifier, load_backbone, load_data, log, mean_over_processes, non_negative,
-                    normalize, patch_side, rank, read_image, run, save_file, setup, token_layers, world_size)
+                    normalize, patch_side, rank, read_image, run, save_file, setup, subplots, token_layers, world_size)
 
 TASKS = {  # the settings of each, with DINO's defaults; a flag that a task does not list is not for it
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07, features=None),
@@ -600,11 +600,6 @@ def print_side_by_side(rows: list[dict]) -> None:
 
 def save_results(rows: list[dict], args) -> None:
     """results.json and, of several layers, layers.png: the first metric over the layers, as in SDSSL's Fig. 4."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder, metric = Path(args.output_dir), metrics_of(rows[0])[0]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"rows": rows, "args": vars(args)}, indent=1) + "\n")
@@ -615,14 +610,13 @@ def save_results(rows: list[dict], args) -> None:
     for other in [folder, *map(Path, args.compare or ())]:
         for row in json.loads((other / "results.json").read_text())["rows"]:
             curves.setdefault(f"{other.name}: {Path(row['data']).name}, {row['setup']}", []).append((row["layer"], row[metric]))
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     for name, points in curves.items():
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
     axis.set(xlabel="layer", ylabel=f"{metric} (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=7)
     figure.savefig(folder / "layers.png", dpi=100)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments

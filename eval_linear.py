@@ -62,7 +62,7 @@ from tqdm import tqdm
 from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Run, View,
                     ViewLoader, apply_recipe, autocast, cosine_schedule, crop_and_resize, crop_boxes, distributed, eval_batches,
                     extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes, non_negative,
-                    rank, run, setup, token_layers, world_size)
+                    rank, run, setup, subplots, token_layers, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -336,19 +336,13 @@ def report(folder, rows: list[dict], grid: Tensor | None, args) -> None:
 
 def draw_multi_exit(curves: dict[str, Tensor], path: Path) -> None:
     """Test top-1 over the layers: for each name (runs, L), the mean with a standard deviation about it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     for name, top1 in curves.items():
         spread = top1.std(0) if len(top1) > 1 else None
         axis.errorbar(range(1, top1.shape[1] + 1), top1.mean(0), spread, marker="o", capsize=3, label=name)
     axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=range(1, top1.shape[1] + 1))
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def compare(folders: list[str], output_dir: Path) -> None:

@@ -29,7 +29,8 @@ Commands:
     python eval_linear.py --checkpoint runs/ibot_rkd/checkpoint.pth --data digits --finetune all --pool cls    and [CLS]
     python ibot_rkd.py --attention runs/ibot_rkd/checkpoint.pth runs/angle/checkpoint.pth photo.jpg            Fig. 3
 
-MEASURED
+Measured: the first command (30 epochs, seed 0, 2.1 minutes on two CPU cores) takes k-NN from 67.2 % to 75.0 %; the second,
+RKD-A, to 76.7 %; iBOT alone, with as many views, to 78.1 %. Table 1's protocol at CIFAR scale: README.
 
     what                  paper                        released code                  here
     structures compared   cross-entropy or Huber       raw distances are the target:  ce of softmaxes with one tau: least where
@@ -63,7 +64,7 @@ from torchvision.transforms.v2 import functional as tv
 from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Run, View, ViewLoader, VisionTransformer, add_arguments, apply_recipe,
                     autocast, backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, draw, ema_update, fp32,
                     gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log, mean_over_processes,
-                    normalize, parameter_groups, read_checkpoint, read_image, run, setup)
+                    normalize, parameter_groups, read_checkpoint, read_image, run, setup, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -72,22 +73,22 @@ RECIPES = {
     # are not learnt; and iBOT's teacher temperature of 0.04 lets its own loss collapse to even outputs
     "digits": dict(arch="vit_nano", img_size=16, patch_size=4, pos_embed="sincos", epochs=30, batch_size=32, lr=2e-3,
                    warmup_epochs=10, weight_decay=0.04, momentum=0.99, hidden=128, out_dim=128, drop_path=0.1,
-                   teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=10, local_size=8, local_scale=(0.1, 0.3),
-                   views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
+                   teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=10, global_views=4,
+                   local_size=8, local_scale=(0.1, 0.3), views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
     "mnist": dict(arch="vit_nano", img_size=28, patch_size=7, pos_embed="sincos", epochs=5, batch_size=64, lr=2e-3,
                   warmup_epochs=1.5, weight_decay=0.04, momentum=0.99, hidden=128, out_dim=256, drop_path=0.1,
-                  teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=1.5, local_size=14, local_scale=(0.1, 0.3),
-                  views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
+                  teacher_temp=0.02, teacher_patch_temp=0.04, temp_epochs=1.5, global_views=4,
+                  local_size=14, local_scale=(0.1, 0.3), views=dict(scale=(0.3, 1.0), flip=0.0, blur=False)),
     # the paper, Sec. 3.4, on a tenth of ImageNet at 32 pixels: iBOT's settings but for ViT-S/8, the batch and the epochs
     "cifar10": dict(arch="vit_small", img_size=32, patch_size=8, pos_embed="learnt", epochs=40, batch_size=256, lr=5e-4,
                     warmup_epochs=10, weight_decay=0.04, momentum=0.996, hidden=2048, out_dim=8192, drop_path=0.1,
-                    teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, local_size=16, local_scale=(0.05, 0.25),
-                    views=dict(scale=(0.14, 1.0), blur=False)),
+                    teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, global_views=None,
+                    local_size=16, local_scale=(0.05, 0.25), views=dict(scale=(0.14, 1.0), blur=False)),
     # iBOT
     "imagenet": dict(arch="vit_small", img_size=224, patch_size=16, pos_embed="learnt", epochs=800, batch_size=1024, lr=5e-4,
                      warmup_epochs=10, weight_decay=0.04, momentum=0.996, hidden=2048, out_dim=8192, drop_path=0.1,
-                     teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, local_size=96, local_scale=(0.05, 0.25),
-                     views=dict(scale=(0.14, 1.0))),
+                     teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, global_views=None,
+                     local_size=96, local_scale=(0.05, 0.25), views=dict(scale=(0.14, 1.0))),
 }
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -512,10 +513,7 @@ def attention_maps(backbone: VisionTransformer, x: Tensor) -> Tensor:
 
 def draw_attention(args) -> None:
     """Fig. 3 of every image for every checkpoint, one below the other: the image, each head, all heads in colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     device = setup(args)
     images = [path for path in args.attention if Path(path).suffix.lower() in IMAGE_SUFFIXES]
@@ -536,11 +534,11 @@ def draw_attention(args) -> None:
                 raise InputError(f"an image of {tuple(image.shape[1:])} pixels is smaller than a patch of {p}: pass --img_size")
             maps = attention_maps(backbone.to(device), normalize(x, meta["mean"], meta["std"])).cpu()  # (heads, h, w)
             maps = (maps / maps.amax((1, 2), keepdim=True)).numpy()
-            hues = plt.get_cmap("hsv")(np.arange(len(maps)) / len(maps))[:, :3]  # (heads, 3)
+            hues = colormaps["hsv"](np.arange(len(maps)) / len(maps))[:, :3]  # (heads, 3)
             combined = np.einsum("nhw,nc->hwc", maps, hues)  # (h, w, 3)
             rows.append((Path(path).parent.name, [x[0].permute(1, 2, 0).cpu().numpy(), *maps, combined / combined.max()]))
     columns = max(len(pictures) for _, pictures in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.8 * columns, 1.8 * len(rows)), squeeze=False, layout="constrained")
+    figure, axes = subplots(len(rows), columns, 1.8, 1.8)
     for axis in axes.flat:
         axis.axis("off")
     for line, (name, pictures) in zip(axes, rows, strict=True):
@@ -551,7 +549,6 @@ def draw_attention(args) -> None:
     path = Path(args.output_dir) / "attention.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     log(f"wrote {path}")
 
 
@@ -571,7 +568,7 @@ def parse_arguments(argv=None):
     group.add_argument("--relation_tau", type=float, default=0.1, help="temperature of ce, both sides (default: %(default)s)")
     group.add_argument("--angle_vertices", type=int, default=8, help="masked tokens where angles are taken (default: 8)")
     group = parser.add_argument_group("views")
-    group.add_argument("--global_views", type=int, help="(default: 4 with relations, else 2)")
+    group.add_argument("--global_views", type=int, help="(default: recipe; else 4 with relations, 2 without)")
     group.add_argument("--local_crops", type=int, default=0, help="for the student's [CLS] in iBOT's own loss (default: 0)")
     group.add_argument("--local_size", type=int, help="their side in pixels (default: recipe)")
     group.add_argument("--mask_ratio", type=float, default=0.3, help="share of patches masked (default: %(default)s)")

@@ -58,7 +58,7 @@ from torchvision.models.resnet import BasicBlock
 from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, ResNet, Run, View, ViewLoader, add_arguments,
                     apply_recipe, autocast, backbone_weights, barrier, cosine_schedule, create_backbone, distributed, draw,
                     eval_batches, extract_features, fp32, gather, knn_accuracy, load_data, load_weights, local_rows, log,
-                    non_negative, parameter_groups, rank, read_checkpoint, run, setup, world_size)
+                    non_negative, parameter_groups, rank, read_checkpoint, run, setup, subplots, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -401,23 +401,12 @@ def relation_map(embed, backbone: nn.Module, data: ImageData) -> Tensor:
 
 def draw_maps(path: Path, maps: dict[str, Tensor]) -> None:
     """Maps V of teacher and student side by side, each with its loss (Eq. 3) against the teacher's."""
-    figure, axes = panels(len(maps), 3)
-    for axis, (name, v) in zip(axes, maps.items(), strict=True):
+    figure, axes = subplots(1, len(maps), 3.2, 3)
+    for axis, (name, v) in zip(axes[0], maps.items(), strict=True):
         image = axis.imshow(v, vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=f"{name}: loss {rrkd_loss(v, maps['teacher']):.3f}", xticks=[], yticks=[])
-    figure.colorbar(image, ax=list(axes), label="cosine")
+    figure.colorbar(image, ax=axes[0].tolist(), label="cosine")
     figure.savefig(path, dpi=80)
-
-
-def panels(columns: int, size: float):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
-    figure, axes = plt.subplots(1, columns, figsize=(size * columns + 0.6, size), squeeze=False, layout="constrained")
-    return figure, axes[0]
 
 
 def fit(args, data, teacher_file=None) -> dict:
@@ -616,8 +605,8 @@ def report(args, title: str, seeds: list[int], lines: list[dict], path: Path) ->
             f"{line['minutes']:>9.1f}")
     path.write_text(json.dumps(dict(table=args.table, title=title, quick=args.quick, seeds=seeds, rows=lines), indent=1))
     columns = list(dict.fromkeys(line["data"] for line in lines))
-    figure, axes = panels(len(columns), 4)
-    for axis, column in zip(axes, columns, strict=True):
+    figure, axes = subplots(1, len(columns), 4.4, 4)
+    for axis, column in zip(axes[0], columns, strict=True):
         for i, line in enumerate(line for line in lines if line["data"] == column):
             axis.errorbar(line["parameters"], line["mean"], line["std"] or 0, fmt="o", color=f"C{i}", label=line["name"])
             if line["paper"] is not None:

@@ -51,7 +51,7 @@ from torch import Tensor
 from common import (MEAN, STD, BatchNorm, ImageData, InputError, Run, ViewLoader, add_arguments, apply_recipe, autocast,
                     backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, ema_update, extract_features, fp32,
                     gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log, parameter_groups,
-                    read_checkpoint, run, setup)
+                    read_checkpoint, run, setup, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -284,7 +284,8 @@ def train(args) -> None:
     M = args.batch_size
     chance = {"mocov3": 4 * args.tau * math.log(M), "byol": 4.0, "simclr": math.log(2 * M - 1)}[args.framework]
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    log(f"{'SD-' if args.sd else ''}{args.framework}, {args.arch}: {parameters:.1f} M parameters, {total} steps of {M} images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}, chance level of loss_ssl {chance:.2f}")
+    log(f"{'SD-' if args.sd else ''}{args.framework}, {args.arch}: {parameters:.1f} M parameters, {total} steps of {M} images, "
+        f"lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}, chance level of loss_ssl {chance:.2f}")
 
     def knn():
         return knn_accuracy(student.backbone, train_data, test_data, args.img_size, device, num_workers=args.num_workers,
@@ -382,10 +383,6 @@ def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, devi
 
 def analyze(args) -> None:
     """Figs. 5-8 for one checkpoint or several side by side: tsne.png, cka.png, alignment.png, and analysis.csv, cka.csv."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
 
     device = setup(args)
@@ -401,15 +398,11 @@ def analyze(args) -> None:
         values = zip(MEASURES, results[-1]["table"][-1], strict=True)
         log(f"{names[-1]}: last layer, " + ", ".join(f"{measure} {value:.3f}" for measure, value in values))
 
-    def panels(rows, columns, size):
-        return plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
-
     def save(figure, name):
         figure.savefig(folder / name, dpi=80)
-        plt.close(figure)
         log(f"wrote {folder / name}")
 
-    figure, axes = panels(1, len(MEASURES), 2.6)  # Figs. 7 and 8
+    figure, axes = subplots(1, len(MEASURES), 2.6, 2.6)  # Figs. 7 and 8
     for i, (axis, measure) in enumerate(zip(axes[0], MEASURES, strict=True)):
         for name, result in zip(names, results, strict=True):
             axis.plot(range(1, len(result["table"]) + 1), [row[i] for row in result["table"]], marker=".", label=name)
@@ -417,7 +410,7 @@ def analyze(args) -> None:
     axes[0, 0].legend(fontsize=7)
     save(figure, "alignment.png")
 
-    figure, axes = panels(1, len(results), 3)  # Fig. 6
+    figure, axes = subplots(1, len(results), 3, 3)  # Fig. 6
     for axis, name, result in zip(axes[0], names, results, strict=True):
         ticks = (0.5, len(result["cka"]) + 0.5)
         image = axis.imshow(result["cka"], vmin=0, vmax=1, origin="lower", extent=(*ticks, *ticks))
@@ -426,7 +419,7 @@ def analyze(args) -> None:
     save(figure, "cka.png")
 
     shown = {i: sorted({round(l) for l in torch.linspace(0, len(r["features"]) - 1, 6).tolist()}) for i, r in enumerate(results)}
-    figure, axes = panels(len(results), max(map(len, shown.values())), 2)  # Fig. 5
+    figure, axes = subplots(len(results), max(map(len, shown.values())), 2, 2)  # Fig. 5
     for i, result in enumerate(results):
         few = result["labels"] < 10  # ten classes
         for axis, l in zip(axes[i], shown[i], strict=False):
