@@ -1440,7 +1440,8 @@ def test_knn_monitor_takes_a_spread_of_at_most_most_images():
 
 METHODS = {"sdssl.py": ["--hidden", 32, "--isd_hidden", 16], "simdis.py": ["--hidden", 32], "rrkd.py": ["--no-baseline"],
            "ibot_rkd.py": ["--hidden", 32, "--out_dim", 48], "d2v_kd.py": ["--teacher_epochs", 1]}
-ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every", 0, "--log_every", 1, "--num_workers", 0, "--device", "cpu"]
+ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every", 0, "--log_every", 1, "--num_workers", 0,
+           "--device", "cpu"]
 
 
 def losses_of(folder):
@@ -1478,6 +1479,7 @@ def test_kills_at_random_moments(script, kills, tmp_path):
     assert [record["step"] for record in losses_of(tmp_path)] == list(range(1, step + 3))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through Linux's /proc")
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
     flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 66]
@@ -1501,7 +1503,8 @@ def test_two_machines_train_as_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "sdssl.py", *map(str, flags), "--output_dir", str(tmp_path / "two")]
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "sdssl.py", *map(str, flags),
+               "--output_dir", str(tmp_path / "two")]
     agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     for agent in agents:
