@@ -82,7 +82,11 @@ def setup(args) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, number, processes = next(dist.rendezvous("env://"))
+        # torchrun restarts its workers with the same store, which still says where the dead ones listened
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"start{restart}", store),
+                                rank=number, world_size=processes)
     if args.dtype is None:
         args.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if getattr(args, "compile", False) is None:

@@ -1479,7 +1479,6 @@ def test_kills_at_random_moments(script, kills, tmp_path):
     assert [record["step"] for record in losses_of(tmp_path)] == list(range(1, step + 3))
 
 
-@pytest.mark.slow  # now and then gloo's second meeting hangs until its timeout, before any code of ours runs
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through Linux's /proc")
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
