@@ -1482,7 +1482,7 @@ def test_kills_at_random_moments(script, kills, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through Linux's /proc")
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
-    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 66]
+    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 15, "--batch_size", 256]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "sdssl.py"]
     process = subprocess.Popen([*command, *map(str, flags), "--output_dir", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -1493,7 +1493,7 @@ def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     assert process.returncode == 0, output[-3000:]
     assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
     killed, whole = ([(record["step"], record["loss"]) for record in losses_of(tmp_path / name)] for name in ("killed", "whole"))
-    assert [step for step, _ in killed] == list(range(1, 67)) and killed == whole
+    assert [step for step, _ in killed] == list(range(1, 16)) and killed == whole
 
 
 def test_two_machines_train_as_one(tmp_path):

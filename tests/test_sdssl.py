@@ -338,7 +338,7 @@ def test_torchrun_gives_the_same_trace(framework, tmp_path):
 
 
 def test_vit_small_on_two_processes(tmp_path):
-    result = run_script("sdssl.py", "--arch", "vit_small", "--max_steps", 3, "--batch_size", 64, "--output_dir", tmp_path, processes=2)
+    result = run_script("sdssl.py", "--arch", "vit_small", "--max_steps", 3, "--img_size", 8, "--output_dir", tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     assert [r["step"] for r in read_log(tmp_path) if "loss" in r] == [1, 2, 3]
 
@@ -725,10 +725,12 @@ def test_cka():
     torch.testing.assert_close(sdssl.linear_cka(x, z), hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt())
 
 
-def test_analyze_draws_and_repeats(tmp_path):
+def test_analyze_draws_and_repeats(tmp_path, monkeypatch):
     """Two runs side by side: three pictures and two tables, the same ones when asked again; one line for a missing file."""
     import csv
+    import functools
 
+    monkeypatch.setattr(sdssl, "measure_layers", functools.partial(sdssl.measure_layers, images=200))  # t-SNE takes its time
     train(tmp_path / "a", "--max_steps", 1)
     train(tmp_path / "b", "--max_steps", 1, "--seed", 1)
     tables = []
