@@ -85,8 +85,8 @@ EPS = 1e-5  # as released; the text says 1e-8
 @fp32
 def instance_norm(h: Tensor) -> Tensor:
     """Each dim of an image's states (B, T, D) to mean 0 and variance 1 over its T tokens (Eqs. 1, 2)."""
-    variance, mean = torch.var_mean(h, 1, correction=0, keepdim=True)  # (B, 1, D) each
-    return (h - mean) * (variance + EPS).rsqrt()  # Eq. 1
+    h = h - h.mean(1, keepdim=True)
+    return h * (h.square().mean(1, keepdim=True) + EPS).rsqrt()  # Eqs. 1, 2
 
 
 def contextualized_target(hidden_states: list[Tensor]) -> Tensor:

@@ -97,12 +97,12 @@ def matmul_peak(device: torch.device) -> float:
     return rate(product, 2 * n**3)
 
 
-def bench_training(device: torch.device, batch: int, repeats: int, only: str) -> list[dict]:
+def bench_training(device: torch.device, batch: int, repeats: int, only: list[str]) -> list[dict]:
     gpu, peak = device.type == "cuda", matmul_peak(device)
     steps, every = (60, 10) if gpu else (4, 1)
     print(f"training, batch {batch} of 224 x 224, on {device}; median over {repeats} runs taken in turn, the first quarter of each left out; "
           f"a large matrix product makes {peak / 1e12:.2f} TFLOP/s")
-    rows = {name: row for name, row in TRAINING.items() if only in name}
+    rows = {name: row for name, row in TRAINING.items() if any(part in name for part in only)}
     speeds, waits, memory, flops = ({name: [] for name in rows} for _ in range(4))
     with tempfile.TemporaryDirectory() as runs:
         for split in ("a", "b"):
@@ -333,7 +333,7 @@ if __name__ == "__main__":
     parts = ["training", "evaluation", "probes", "relations", "augmentation", "loading"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--rows", default="", help="of `training`: those whose name holds this, such as SimDis")
+    parser.add_argument("--rows", nargs="+", default=[""], help="of `training`: those whose name holds one of these, such as SimDis")
     parser.add_argument("--photos", type=Path, help="a folder of photographs for `loading` (default: makes some)")
     parser.add_argument("--batch_size", type=int, help="of `training` (default: 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command (default: %(default)s)")

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,57 @@ def assert_one_line_error(result, *patterns):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for pattern in patterns:
         assert re.search(pattern, lines[0]), (pattern, lines[0])
+
+
+def same(a, b):
+    """Bit-equal nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def leaf(*shape, seed=0, dtype=torch.float64):
+    """Random numbers that want a gradient."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+def finished(capsys, main):
+    """`run(main)` in this process, which must exit -> something like a finished process."""
+    import common
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        common.run(main)
+    return subprocess.CompletedProcess(main, stopped.value.code, *capsys.readouterr())
+
+
+@pytest.fixture(autouse=True)
+def signals_stay():
+    """A run in this process takes over SIGTERM and SIGINT: give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Class folders with images of several sizes, so that they are decoded by workers."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
+    return root
 
 
 def _join_and_call(number, processes, address, function, arguments, results):

@@ -13,21 +13,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, read_log, run_script
+from conftest import ROOT, assert_one_line_error, finished, leaf, read_log, run_script, same
 
 import common
 import d2v_kd
 
 TINY = ["--batch_size", "32", "--log_every", "1", "--knn_every", "0", "--num_workers", "0", "--epochs", "2", "--warmup_epochs", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def signals_stay():
-    """A run in this process takes over SIGTERM and SIGINT: give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -67,22 +58,7 @@ def built(*extra):
     return *d2v_kd.build_student(args, backbone, meta), d2v_kd.Contextualized(backbone)
 
 
-def same(a, b):
-    """Bit-equal nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------------- losses
-
-
-def leaf(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
 def naive_target(states, eps=1e-5):
@@ -565,22 +541,6 @@ def test_the_teacher_that_is_trained_here_resumes_too(tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "teacher" / "checkpoint.pth").stat().st_mtime_ns == changed
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Class folders with images of several sizes, so that they are decoded by workers."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
-    return root
-
-
 def test_workers_do_not_matter(image_folder, teacher, tmp_path):
     """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
     flags = ["--data", image_folder, "--teacher", teacher, "--batch_size", 8, "--epochs", 4]
@@ -676,10 +636,7 @@ def test_sigterm_saves_and_exits(teacher, tmp_path):
 
 def run_in_process(capsys, *flags):
     """main() as `python d2v_kd.py` calls it -> something like a finished process."""
-    with pytest.raises(SystemExit) as stopped:
-        common.run(lambda: d2v_kd.train(d2v_kd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
-    output, error = capsys.readouterr()
-    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+    return finished(capsys, lambda: d2v_kd.train(d2v_kd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, read_log, run_script
+from conftest import ROOT, assert_one_line_error, finished, leaf, read_log, run_script, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -22,15 +22,6 @@ from ibot_rkd import angle_potential, block_masks, distance_potential, rkd_loss
 TINY = ["--batch_size", "16", "--hidden", "32", "--out_dim", "48", "--log_every", "1", "--knn_every", "0", "--num_workers", "0",
         "--epochs", "2", "--warmup_epochs", "0.1"]
 POTENTIALS = [distance_potential, angle_potential]
-
-
-@pytest.fixture(autouse=True)
-def signals_stay():
-    """A run in this process takes over SIGTERM and SIGINT: give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +49,6 @@ def train(folder, *extra):
     """One run in this process -> its checkpoint."""
     ibot_rkd.train(arguments(folder, *extra))
     return torch.load(folder / "checkpoint.pth", weights_only=True)
-
-
-def same(a, b):
-    """Bit-equal nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def leaf(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
 
 
 # -------------------------------------------------------------------------------------------------- structures, Eqs. 1, 3
@@ -573,22 +549,6 @@ def test_resume_is_exact_and_seeds_count(potential, tmp_path):
     assert read_log(tmp_path / "seed")[0]["loss"] != traces[0][0]["loss"] and other["step"] == 1
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Class folders with images of several sizes, so that they are decoded by workers."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
-    return root
-
-
 def test_workers_do_not_matter(image_folder, tmp_path):
     """P3: the same trace with 0 and 2 workers, from files, local crops too; resuming mid-epoch with other workers is exact."""
     flags = ["--data", image_folder, "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8, "--batch_size", 8, "--epochs", 4,
@@ -651,11 +611,7 @@ def test_sigterm_saves_and_exits(tmp_path):
 
 def run_in_process(capsys, *flags):
     """main() as `python ibot_rkd.py` calls it -> something like a finished process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        common.run(lambda: ibot_rkd.main(ibot_rkd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
-    output, error = capsys.readouterr()
-    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+    return finished(capsys, lambda: ibot_rkd.main(ibot_rkd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):

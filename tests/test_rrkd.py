@@ -14,22 +14,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, read_log, run_script
+from conftest import ROOT, assert_one_line_error, finished, leaf, read_log, run_script, same
 
 import common
 import rrkd
 
 TINY = ["--batch_size", "32", "--log_every", "1", "--knn_every", "0", "--num_workers", "0", "--epochs", "2"]
 LOSSES = ["rrkd", "spkd", "lpkd", "kd", "feature"]
-
-
-@pytest.fixture(autouse=True)
-def signals_stay():
-    """A run in this process takes over SIGTERM and SIGINT: give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -74,22 +65,7 @@ def filled(*flags):
     return args
 
 
-def same(a, b):
-    """Bit-equal nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------------- losses
-
-
-def leaf(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
 def cos(a, b):
@@ -440,22 +416,6 @@ def test_the_whole_job_resumes_exactly(tmp_path):
         assert same(dict(a), dict(b))
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Class folders with images of several sizes, so that they are decoded by workers."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
-    return root
-
-
 def test_workers_do_not_matter(image_folder, teachers, tmp_path):
     """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
     flags = [*teachers[False], "--data", image_folder, "--img_size", 8, "--batch_size", 8, "--epochs", 4, "--no-labels"]
@@ -522,10 +482,7 @@ def test_signals_save_and_exit(number, tmp_path):
 def run_in_process(capsys, *flags):
     """main() as `python rrkd.py` calls it -> something like a finished process."""
     args = rrkd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])
-    with pytest.raises(SystemExit) as stopped:
-        common.run(lambda: rrkd.table(args) if args.table else rrkd.train(args))
-    output, error = capsys.readouterr()
-    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+    return finished(capsys, lambda: rrkd.table(args) if args.table else rrkd.train(args))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teachers):

@@ -12,8 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, read_log, run_script
+from conftest import ROOT, assert_one_line_error, finished, leaf, read_log, run_script, same
 
 import common
 import sdssl
@@ -21,15 +20,6 @@ import sdssl
 METHODS = [(framework, sd) for framework in ("mocov3", "byol", "simclr") for sd in (True, False)]
 TINY = ["--batch_size", "32", "--hidden", "32", "--isd_hidden", "16", "--log_every", "1", "--knn_every", "0", "--num_workers", "0",
         "--epochs", "2", "--warmup_epochs", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def signals_stay():
-    """A run in this process takes over SIGTERM and SIGINT: give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +41,6 @@ def train(folder, *extra):
 
 def method_flags(framework, sd):
     return ["--framework", framework, "--sd" if sd else "--no-sd"]
-
-
-def same(a, b):
-    """Bit-equal nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -87,10 +66,6 @@ def assert_same_value_and_gradient(ours, naive, *inputs):
     naive_gradient = torch.autograd.grad(naive_value, inputs)
     assert max(g.abs().max() for g in naive_gradient) > 1e-6
     torch.testing.assert_close(ours_gradient, naive_gradient, rtol=1e-5, atol=1e-8)
-
-
-def leaf(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
 @pytest.mark.parametrize("tau", [0.2, 1.0])
@@ -363,22 +338,6 @@ def test_resume_is_exact_and_seeds_count(framework, sd, tmp_path):
     assert not same(whole["student"], other["student"])
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Class folders with images of several sizes, so that they are decoded by workers."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
-    return root
-
-
 def test_workers_do_not_matter(image_folder, tmp_path):
     """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
     flags = ["--data", image_folder, "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8, "--batch_size", 8, "--epochs", 4]
@@ -481,10 +440,7 @@ def test_kill_and_resume(tmp_path):
 
 def run_in_process(capsys, *flags):
     """main() as `python sdssl.py` calls it -> something like a finished process."""
-    with pytest.raises(SystemExit) as stopped:
-        common.run(lambda: sdssl.train(sdssl.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
-    output, error = capsys.readouterr()
-    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+    return finished(capsys, lambda: sdssl.train(sdssl.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):

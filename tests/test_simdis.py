@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_one_line_error, read_log, run_script
+from conftest import ROOT, assert_one_line_error, finished, leaf, read_log, run_script, same
 
 import common
 import eval_knn
@@ -25,15 +25,6 @@ TABLE_2 = [["S^-v'"], ["S^-v'", "T-v"], ["S^-v'", "T-v'"], ["S^-v'", "T^-v"], ["
            ["S^-v'", "T^-v", "T^-v'"], ["S^-v'", "T-v", "T-v'", "T^-v", "T^-v'"],
            ["S-v'", "S^-v", "S^-v'", "T-v", "T-v'", "T^-v", "T^-v'"]]
 NETWORK = {"S": "student", "S^": "student_momentum", "T": "teacher", "T^": "teacher_momentum"}  # the paper's names
-
-
-@pytest.fixture(autouse=True)
-def signals_stay():
-    """A run in this process takes over SIGTERM and SIGINT: give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -84,22 +75,7 @@ def stage_flags(stage, teacher_file):
     return ["--stage", stage, *(["--teacher", str(teacher_file)] if stage == "offline" else [])]
 
 
-def same(a, b):
-    """Bit-equal nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 # ------------------------------------------------------------------------------------------------------------- losses
-
-
-def leaf(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
 def naive_eq1(p, z):
@@ -517,22 +493,6 @@ def test_offline_resumes_with_the_teacher_it_had(teacher_file, tmp_path):
     assert same(parts["student"], whole["student"]) and same(parts["teacher"], whole["teacher"])
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Class folders with images of several sizes, so that they are decoded by workers."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(0, 256, (40 + i, 48, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.jpg")
-    return root
-
-
 def test_workers_do_not_matter(image_folder, tmp_path):
     """P3: the same trace with 0 and 2 workers, from files; resuming mid-epoch with other workers is exact too."""
     flags = ["--data", image_folder, "--img_size", 32, "--batch_size", 8, "--epochs", 4, "--optimizer", "adamw"]
@@ -611,10 +571,7 @@ def test_signal_saves_and_exits(tmp_path):
 
 def run_in_process(capsys, *flags):
     """main() as `python simdis.py` calls it -> something like a finished process."""
-    with pytest.raises(SystemExit) as stopped:
-        common.run(lambda: simdis.train(simdis.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
-    output, error = capsys.readouterr()
-    return subprocess.CompletedProcess(flags, stopped.value.code, output, error)
+    return finished(capsys, lambda: simdis.train(simdis.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher_file):
