@@ -359,7 +359,8 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
     # the largest channel decides; lerp with weights 0 and 1 is an exact choice, and faster than where
-    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), (value == g).float()).lerp_(g - b, (value == r).float())
+    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), (value == g).float())
+    hue = hue.lerp_(g - b, (value == r).float())
     hue = (hue / chroma.clamp(min=1e-8)).add_(6 * shift).remainder_(6)  # in sixths of the circle, from red
     # each channel is at value within a sixth of its own hue, at value - chroma beyond two, and linear between
     near = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)  # (B, 3, H, W)
