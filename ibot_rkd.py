@@ -590,10 +590,6 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args) -> None:
-    draw_attention(args) if args.attention else train(args)
-
-
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(lambda: main(arguments))
+    run(lambda: draw_attention(arguments) if arguments.attention else train(arguments))

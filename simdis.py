@@ -392,4 +392,5 @@ def parse_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_arguments()))
+    arguments = parse_arguments()
+    run(lambda: train(arguments))

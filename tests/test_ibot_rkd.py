@@ -611,7 +611,8 @@ def test_sigterm_saves_and_exits(tmp_path):
 
 def run_in_process(capsys, *flags):
     """main() as `python ibot_rkd.py` calls it -> something like a finished process."""
-    return finished(capsys, lambda: ibot_rkd.main(ibot_rkd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])))
+    args = ibot_rkd.parse_arguments([*TINY, "--device", "cpu", *map(str, flags)])
+    return finished(capsys, lambda: ibot_rkd.draw_attention(args) if args.attention else ibot_rkd.train(args))
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
