@@ -1,7 +1,9 @@
 """Every command that the README shows runs, at tiny size, in its order: later ones read what earlier ones wrote."""
+import functools
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from conftest import ROOT, run_script
 
 import common
 
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS
             for line in block.splitlines() if re.match(r"(python|torchrun) ", line) and "venv" not in line]
 METHODS = ["sdssl.py", "simdis.py", "rrkd.py", "ibot_rkd.py", "d2v_kd.py"]
@@ -48,6 +51,23 @@ def places(tmp_path_factory):
 
 def test_the_readme_shows_commands():
     assert len(COMMANDS) >= 8 and any(command.startswith("torchrun") for command in COMMANDS)
+
+
+def test_links_and_names_are_there():
+    """Linked files exist; each function in a table beside an equation is in the file that the table's head or the cell names."""
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links), links
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    assert len(set(headings) - {"Results"}) == len([h for h in headings if h != "Results"]), headings
+    tables = re.findall(r"^\|[^\n]*\| equation \|[^\n]*\n(?:\|[^\n]*\n)+", README, re.MULTILINE)
+    assert len(tables) == 5  # one for each method
+    for table in tables:
+        module = __import__(Path(re.search(r"\]\((\w+\.py)\)", table)[1]).stem)
+        for row in table.splitlines()[2:]:
+            cell = row.strip("| ").split(" | ")[-1]
+            source = __import__(re.search(r"\]\((\w+)\.py\)", cell)[1]) if "](" in cell else module
+            for name in re.findall(r"`([A-Za-z_.0-9]+)`", re.sub(r"\[.*?\]\(.*?\)", "", cell)):
+                assert functools.reduce(getattr, name.split("."), source), (name, source)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
