@@ -68,11 +68,26 @@ def run(main) -> None:
         dist.destroy_process_group()
 
 
+LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "epochs": (1, 1e6), "batch_size": (1, 1e9), "lr": (0, 1e6),
+          "warmup_epochs": (0, 1e6), "weight_decay": (0, 1e3), "momentum": (0, 1), "hidden": (1, 1e6), "max_steps": (1, 1e12),
+          "log_every": (1, 1e9), "seed": (0, 2**63 - 1)}
+
+
+def check_limits(args, limits: dict) -> None:
+    """Raises InputError for the first argument, or one of its list, that is not a number between its limits."""
+    for name, (least, most) in limits.items():
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not least <= value <= most:
+                raise InputError(f"--{name} must be between {least:g} and {most:g}, not {value:g}")
+
+
 _signal_received = []
 
 
 def setup(args) -> torch.device:
     """Joins torchrun's process group if there is one, settles device, dtype and compile in `args`, and seeds the weights."""
+    check_limits(args, LIMITS)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(args.device, lambda: True)():
@@ -737,10 +752,10 @@ class ResNet(torchvision.models.ResNet):
         if img_size < 64:
             self.conv1, self.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)  # what convolutions are fastest with
 
     def forward(self, x: Tensor, layers: bool = False):
         """The last stage averaged over the image (B, D); with `layers` a list of the four stages, (B, D_l) each."""
+        x = x.contiguous(memory_format=torch.channels_last)  # which convolutions are fastest with
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         pooled = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -1139,7 +1154,10 @@ class Run:
             signal.signal(number, lambda received, frame: _signal_received.append(received))
         barrier()  # no process writes before all have looked
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot make --output_dir {self.folder}: {error.strerror}") from None
             kept = [record for record in self.records() if record["step"] <= self.start] if self.checkpoint else []
             if not self.checkpoint:
                 path.unlink(missing_ok=True)
@@ -1290,6 +1308,13 @@ def plain(values: dict) -> dict:
 CORES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that we may use
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, as all others."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def non_negative(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
@@ -1308,14 +1333,14 @@ def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: recipe)")
     group.add_argument("--init", metavar="FILE", help="start from these backbone weights")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=non_negative, help="(default: recipe)")
+    group.add_argument("--epochs", type=int, help="(default: recipe)")
     group.add_argument("--batch_size", type=int, help="global, over all processes (default: recipe)")
     group.add_argument("--lr", type=float, help="for a batch of 256; scaled linearly (default: recipe)")
     group.add_argument("--warmup_epochs", type=float, help="(default: recipe)")
     group.add_argument("--weight_decay", type=float, help="(default: recipe)")
-    group.add_argument("--max_steps", type=non_negative, help="stop here; schedules still span --epochs")
+    group.add_argument("--max_steps", type=int, help="stop here; schedules still span --epochs")
     group = parser.add_argument_group("system")
-    group.add_argument("--seed", type=non_negative, default=0)
+    group.add_argument("--seed", type=int, default=0)
     group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
@@ -1344,7 +1369,7 @@ def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    if args.batch_size < 2 or args.epochs < 1 or args.log_every < 1:
-        raise InputError("--batch_size must be at least 2, --epochs and --log_every at least 1")
+    if args.batch_size < 2:
+        raise InputError("--batch_size must be at least 2")
     log(f"{len(data)} training images of {args.data}, recipe {name}; {args.device}, {args.dtype}, {world_size()} process(es)")
     return recipe

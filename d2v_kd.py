@@ -52,10 +52,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (MEAN, STD, VITS, ImageData, InputError, Run, View, ViewLoader, VisionTransformer, add_arguments, apply_recipe,
-                    autocast, backbone_weights, cosine_schedule, create_backbone, distributed, extract_features, fp32,
-                    knn_accuracy, load_backbone, load_data, load_weights, log, non_negative, parameter_groups, read_checkpoint,
-                    run, setup)
+from common import (MEAN, STD, VITS, ImageData, InputError, Parser, Run, View, ViewLoader, VisionTransformer, add_arguments,
+                    apply_recipe, autocast, backbone_weights, cosine_schedule, create_backbone, distributed, extract_features,
+                    fp32, knn_accuracy, load_backbone, load_data, load_weights, log, non_negative, parameter_groups,
+                    read_checkpoint, run, setup)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -395,7 +395,7 @@ def train(args) -> None:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, "d2v_kd")
     group = parser.add_argument_group("teacher")
     group.add_argument("--teacher", metavar="FILE", help="ours, unilm's BEiTv2, or any ViT's (default: trained here, or timm's)")

@@ -59,7 +59,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, autocast, barrier, extract_features,
+from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, Parser, autocast, barrier, extract_features,
                     find_images, fp32, knn_classifier, load_backbone, load_data, log, mean_over_processes, non_negative,
                     normalize, patch_side, rank, read_image, run, save_file, setup, subplots, token_layers, world_size)
 
@@ -623,7 +623,7 @@ def save_results(rows: list[dict], args) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("data")
     names = f"digits, {', '.join(DATASETS)}, or folders (default: digits)"
     group.add_argument("--data", nargs="+", default=["digits"], help=names)
@@ -656,7 +656,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--chunk", type=int, default=512, help="MiB of similarities held at a time (default: %(default)s)")
     group.add_argument("--batch_size", type=int, help="images per process (default: 256 for knn, else 16)")
     group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
-    group.add_argument("--seed", type=non_negative, default=0, help="of random weights (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast (default: %(default)s)")
     args = parser.parse_args()

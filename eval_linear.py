@@ -59,10 +59,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Run, View,
-                    ViewLoader, apply_recipe, autocast, cosine_schedule, crop_and_resize, crop_boxes, distributed, eval_batches,
-                    extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes, non_negative,
-                    rank, run, setup, subplots, token_layers, world_size)
+from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Parser, Run, View, ViewLoader,
+                    apply_recipe, autocast, check_limits, cosine_schedule, crop_and_resize, crop_boxes, distributed,
+                    eval_batches, extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes,
+                    non_negative, rank, run, setup, subplots, token_layers, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -473,7 +473,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", default=["digits"],
                        help=f"one or several of digits, {', '.join(DATASETS)}, or directories (default: digits)")
@@ -492,11 +492,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--compare", nargs="+", metavar="DIR", help="draw the multi-exit curves of these finished probes instead")
     group.add_argument("--finetune", choices=["all", "head"], help="with timm's augmentations: all layers, or the head alone")
     group = parser.add_argument_group("optimisation (defaults: recipe)")
-    group.add_argument("--epochs", type=non_negative)
+    group.add_argument("--epochs", type=int)
     group.add_argument("--batch_size", type=int, help="global, over all processes")
     group.add_argument("--lr", type=float, nargs="+", help="for a batch of 256; scaled linearly; for probes a grid")
     group.add_argument("--weight_decay", type=float, help="(default for probes: 1 / training images, scikit-learn's C = 1)")
-    group.add_argument("--max_steps", type=non_negative, help="stop here, without a test; schedules still span --epochs")
+    group.add_argument("--max_steps", type=int, help="stop here, without a test; schedules still span --epochs")
     group = parser.add_argument_group("fine-tuning (defaults: recipe)")
     for name, meaning in {"warmup_epochs": None, "layer_decay": "a layer's rate over that of the next one",
                           "mixup": "alpha, 0 for none", "cutmix": "alpha, 0 for none", "smoothing": "of the labels",
@@ -504,7 +504,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         group.add_argument(f"--{name}", type=float, help=meaning)
     group.add_argument("--randaugment", help="timm's name, such as rand-m9-mstd0.5-inc1, or none")
     group = parser.add_argument_group("system")
-    group.add_argument("--seed", type=non_negative, default=0)
+    group.add_argument("--seed", type=int, default=0)
     group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
@@ -520,9 +520,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "holdout": (0, 0.9), "lr": (0, 1e6), "weight_decay": (0, 1e3)}
-FINETUNE_LIMITS = {"warmup_epochs": (0, 1e6), "layer_decay": (0.01, 1), "mixup": (0, 1e3),
-                   "cutmix": (0, 1e3), "erasing": (0, 1), "smoothing": (0, 0.99), "randaugment": None}
+FINETUNING = ("warmup_epochs", "layer_decay", "mixup", "cutmix", "erasing", "smoothing", "randaugment")
+LIMITS = {"holdout": (0, 0.9), "layer_decay": (0.01, 1), "mixup": (0, 1e3), "cutmix": (0, 1e3), "erasing": (0, 1), "smoothing": (0, 0.99)}
 
 
 def main():
@@ -548,13 +547,10 @@ def main():
 
 def evaluate_on(args) -> list[dict]:
     """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
-    for name, limits in (LIMITS | FINETUNE_LIMITS).items():
-        given = getattr(args, name)
-        if given is not None and name in FINETUNE_LIMITS and not args.finetune:
+    for name in FINETUNING:
+        if getattr(args, name) is not None and not args.finetune:
             raise InputError(f"--{name} is for --finetune: probes have no augmentation but crops and flips")
-        for value in given if isinstance(given, list) else [given]:
-            if limits and value is not None and not limits[0] <= value <= limits[1]:
-                raise InputError(f"--{name} must be between {limits[0]:g} and {limits[1]:g}, not {value:g}")
+    check_limits(args, LIMITS)
     rates = len(args.lr or RATES[: 1 if args.finetune else None])
     if args.finetune and (args.layers == "all" or args.cached or rates > 1):
         raise InputError("--layers all, --cached and several --lr are for probes, not for --finetune")

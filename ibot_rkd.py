@@ -47,7 +47,6 @@ RKD-A, to 76.7 %; iBOT alone, with as many views, to 78.1 %. Table 1's protocol 
                                                                                       the backward pass: < 2 GiB
     clipping at 3         not said                     each tensor's gradient         the whole gradient
 """
-import argparse
 import copy
 import dataclasses
 import math
@@ -61,10 +60,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as tv
 
-from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Run, View, ViewLoader, VisionTransformer, add_arguments, apply_recipe,
-                    autocast, backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, draw, ema_update, fp32,
-                    gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log, mean_over_processes,
-                    normalize, parameter_groups, read_checkpoint, read_image, run, setup, subplots)
+from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Parser, Run, View, ViewLoader, VisionTransformer, add_arguments,
+                    apply_recipe, autocast, backbone_weights, byol_views, check_limits, cosine_schedule, create_backbone,
+                    distributed, draw, ema_update, fp32, gather, knn_accuracy, load_backbone, load_data, load_weights,
+                    local_rows, log, mean_over_processes, normalize, parameter_groups, read_checkpoint, read_image, run, setup,
+                    subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -90,6 +90,11 @@ RECIPES = {
                      teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, global_views=None,
                      local_size=96, local_scale=(0.05, 0.25), views=dict(scale=(0.14, 1.0))),
 }
+
+LIMITS = {"relation_tau": (1e-6, 1e3), "student_temp": (1e-6, 1e3), "teacher_temp": (1e-6, 1e3), "teacher_patch_temp": (1e-6, 1e3),
+          "angle_vertices": (1, 1e6), "global_views": (1, 100), "local_crops": (0, 100), "local_size": (1, 1e5), "out_dim": (2, 1e7),
+          "drop_path": (0, 0.99), "temp_epochs": (0, 1e6), "weight_decay_end": (0, 1e3), "clip_grad": (1e-9, 1e9),
+          "freeze_last_layer": (0, 1e6)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -363,6 +368,7 @@ def make_views(args, recipe: dict) -> list[View]:
 
 def settle(args) -> None:
     """The number of views, which depends on the potentials, and whether there are items enough for these."""
+    check_limits(args, LIMITS)
     relations = [name for name in args.potential if name != "none"]
     if args.global_views is None:
         args.global_views = 4 if relations else 2
@@ -378,8 +384,6 @@ def settle(args) -> None:
     low, high = args.mask_ratio - args.mask_ratio_var, args.mask_ratio + args.mask_ratio_var
     if not 0 < low <= high <= 1:
         raise InputError(f"--mask_ratio and --mask_ratio_var mask {low:g} to {high:g} of the patches: stay above 0 and up to 1")
-    if min(args.relation_tau, args.student_temp, args.teacher_temp, args.teacher_patch_temp) <= 0 or args.angle_vertices < 1:
-        raise InputError("temperatures must be above 0, and --angle_vertices at least 1")
 
 
 def chance_level(args, patches: int) -> float | None:
@@ -556,7 +560,7 @@ def draw_attention(args) -> None:
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, "ibot_rkd")
     group = parser.add_argument_group("relations")
     group.add_argument("--potential", nargs="+", default=["distance"], choices=["none", "distance", "angle"],

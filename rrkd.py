@@ -55,10 +55,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
-from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, ResNet, Run, View, ViewLoader, add_arguments,
-                    apply_recipe, autocast, backbone_weights, barrier, cosine_schedule, create_backbone, distributed, draw,
-                    eval_batches, extract_features, fp32, gather, knn_accuracy, load_data, load_weights, local_rows, log,
-                    non_negative, parameter_groups, rank, read_checkpoint, run, setup, subplots, world_size)
+from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser, ResNet, Run, View, ViewLoader, add_arguments,
+                    apply_recipe, autocast, backbone_weights, barrier, check_limits, cosine_schedule, create_backbone,
+                    distributed, draw, eval_batches, extract_features, fp32, gather, knn_accuracy, load_data, load_weights,
+                    local_rows, log, non_negative, parameter_groups, rank, read_checkpoint, run, setup, subplots, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -116,6 +116,8 @@ TABLES = {
         ("per class, 130", "ae32-class", dict(loss="rrkd", anchors="class")),
         ("best per class, 130", "ae32-confident", dict(loss="rrkd", anchors="confident"))]),
 }
+
+LIMITS = {"lambda_d": (0, 1e6), "lambda_ce": (0, 1e6), "lambda_soft": (0, 1e6), "tau": (1e-6, 1e3)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -536,6 +538,7 @@ def variant(args, **changes) -> argparse.Namespace:
 
 def train(args) -> None:
     """One distillation: the teacher, unless a file holds it, a baseline without distillation, and the student."""
+    check_limits(args, LIMITS)
     device = setup(args)
     data, folder = prepare(args), Path(args.output_dir)
     alone = dict(loss="none", anchors="batch")
@@ -622,7 +625,7 @@ def report(args, title: str, seeds: list[int], lines: list[dict], path: Path) ->
 
 def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, "rrkd")
     group = parser.add_argument_group("networks")
     group.add_argument("--student_arch", dest="arch", help=f"the same as --arch; here also {', '.join(MLPS)} and resnet9_half")

@@ -48,10 +48,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (MEAN, STD, BatchNorm, ImageData, InputError, Run, ViewLoader, add_arguments, apply_recipe, autocast,
-                    backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, ema_update, extract_features, fp32,
-                    gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log, parameter_groups,
-                    read_checkpoint, run, setup, subplots)
+from common import (MEAN, STD, BatchNorm, ImageData, InputError, Parser, Run, ViewLoader, add_arguments, apply_recipe, autocast,
+                    backbone_weights, byol_views, check_limits, cosine_schedule, create_backbone, distributed, ema_update,
+                    extract_features, fp32, gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log,
+                    parameter_groups, read_checkpoint, run, setup, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -70,6 +70,8 @@ RECIPES = {
                      lr=dict(simclr=1.3e-4, byol=1.5e-4, mocov3=1.5e-4), warmup_epochs=40, weight_decay=0.1,
                      momentum=0.996, hidden=4096, isd_hidden=2048, views=dict(scale=(0.08, 1.0))),
 }
+
+LIMITS = {"tau": (1e-6, 1e3), "alpha": (0, 1e3), "beta": (0, 1e3), "isd_hidden": (1, 1e6), "num_heads": (1, 1e3)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -251,6 +253,7 @@ def build(args) -> tuple[Student, Teacher | None, dict]:
 
 
 def train(args) -> None:
+    check_limits(args, LIMITS)
     device = setup(args)
     train_data, test_data = load_data(args.data, args.data_path)
     recipe = apply_recipe(args, RECIPES, train_data)
@@ -444,7 +447,7 @@ def analyze(args) -> None:
 
 def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, "sdssl")
     group = parser.add_argument_group("method")
     group.add_argument("--framework", default="mocov3", choices=["simclr", "byol", "mocov3"], help="(default: %(default)s)")

@@ -49,9 +49,9 @@ from timm.optim import Lars
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (MEAN, STD, BatchNorm, InputError, Run, ViewLoader, add_arguments, apply_recipe, autocast, backbone_weights,
-                    byol_views, cosine_schedule, create_backbone, distributed, ema_update, fp32, knn_accuracy, load_data,
-                    load_weights, log, non_negative, parameter_groups, read_checkpoint, run, setup)
+from common import (MEAN, STD, BatchNorm, InputError, Parser, Run, ViewLoader, add_arguments, apply_recipe, autocast,
+                    backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, ema_update, fp32, knn_accuracy,
+                    load_data, load_weights, log, non_negative, parameter_groups, read_checkpoint, run, setup)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -375,7 +375,7 @@ def train(args) -> None:
 
 def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, "simdis")
     group = parser.add_argument_group("method")
     group.add_argument("--stage", default="online", choices=["teacher", "offline", "online"], help="(default: %(default)s)")

@@ -1,5 +1,6 @@
 """common.py against independent oracles: timm, torchvision, torch itself, or a loop written from the definition."""
 import copy
+import importlib
 import io
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, assert_one_line_error, read_log, run_script
+from conftest import ROOT, SHARED, assert_one_line_error, finished, read_log, run_script
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -247,13 +248,17 @@ def test_stochastic_depth_keeps_the_mean(branch):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_resnet_equals_torchvision(name):
-    """Strict loads both ways, equal outputs in evaluation and in training, and four pooled stages."""
+    """Strict loads both ways, equal outputs in evaluation and in training, and four pooled stages.
+
+    In fp64: BatchNorm over the last stage's four pixels makes much of rounding.
+    """
     torch.manual_seed(0)
     ours, theirs = common.create_backbone(name, img_size=64), getattr(torchvision.models, name)()
     theirs.fc = nn.Identity()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = noise_images(4, 3, 32, 32)
+    x = noise_images(4, 3, 32, 32).double()
+    ours.double(), theirs.double()
     stages = []
     for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
         stage.register_forward_hook(lambda module, inputs, output: stages.append(output.mean(-1).mean(-1)))
@@ -261,12 +266,12 @@ def test_resnet_equals_torchvision(name):
         for training in (True, False):
             stages.clear()
             expected = theirs.train(training)(x)
-            torch.testing.assert_close(ours.train(training)(x), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.train(training)(x), expected, rtol=1e-9, atol=1e-9)
             theirs.load_state_dict(ours.state_dict())
     layers = ours(x, layers=True)
     assert ours.layer_dims == [y.shape[1] for y in layers] and ours.embed_dim == layers[-1].shape[1]
     for mine, stage in zip(layers, stages, strict=True):
-        torch.testing.assert_close(mine, stage, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, stage, rtol=1e-9, atol=1e-9)
 
 
 def test_resnet_small_stem():
@@ -1442,6 +1447,30 @@ METHODS = {"sdssl.py": ["--hidden", 32, "--isd_hidden", 16], "simdis.py": ["--hi
            "ibot_rkd.py": ["--hidden", 32, "--out_dim", 48], "d2v_kd.py": ["--teacher_epochs", 1]}
 ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every", 0, "--log_every", 1, "--num_workers", 0,
            "--device", "cpu"]
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, tmp_path, capsys):
+    """P7, for what every script takes: numbers, flags that do not exist, a folder that cannot be made."""
+    method = importlib.import_module(script.removesuffix(".py"))
+    (tmp_path / "file").touch()
+
+    def check(*flags, says):
+        def main():
+            method.train(method.parse_arguments([*map(str, METHODS[script]), "--device", "cpu", "--knn_every", "0", *map(str, flags)]))
+
+        assert_one_line_error(finished(capsys, main), *says)
+
+    limits = {name: common.LIMITS[name] for name in common.LIMITS.keys() & vars(method.parse_arguments([])).keys()}
+    assert limits.keys() >= common.LIMITS.keys() - {"momentum", "hidden"}
+    for name, (least, most) in limits.items():
+        check(f"--{name}", least - 1, "--output_dir", tmp_path / "run", says=[f"--{name} must be between {least:g} and"])
+    for name in ("lr", "warmup_epochs", "weight_decay"):
+        check(f"--{name}", "nan", says=[f"--{name} must be between 0 and .*, not nan"])
+    check("--nonsense", says=["unrecognized arguments: --nonsense; see --help"])
+    check("--lr", "fast", says=["argument --lr: invalid float value: 'fast'"])
+    check("--output_dir", tmp_path / "file", says=["cannot make --output_dir", "File exists"])
+    assert not (tmp_path / "run").exists()
 
 
 def losses_of(folder):

@@ -637,7 +637,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
     check("--potential", "none", "--local_crops", 2, "--local_size", 9, says=["--local_size 9", "--patch_size 4"])
     check("--mask_ratio", 0, says=["mask 0 to 0 of the patches"])
     check("--mask_ratio", 0.9, "--mask_ratio_var", 0.2, says=["mask 0.7 to 1.1 of the patches"])
-    check("--relation_tau", 0, says=["temperatures must be above 0"])
+    check("--relation_tau", 0, says=["--relation_tau must be between"])
     check("--angle_vertices", 0, says=["--angle_vertices"])
 
     (tmp_path / "cut").mkdir()
