@@ -261,8 +261,8 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
             raise InputError(f"{data} is not under {data_path} and could not be downloaded ({reason}): "
                              f"put it there, or pass --data_path or --data DIR") from None
     root = Path(data)
-    if not root.is_dir():
-        raise InputError(f"--data {data} is neither a directory nor one of: digits {' '.join(DATASETS)}")
+    if not data or not root.is_dir():
+        raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: digits {' '.join(DATASETS)}")
     if not (root / "train").is_dir():
         return read_folder(root, class_folders=False), None
     train = read_folder(root / "train", class_folders=True)

@@ -373,6 +373,8 @@ def train(args) -> None:
     device = setup(args)
     train_data, test_data = load_data(args.data, args.data_path)
     if test_data is None:  # every tenth image is left for the validation loss
+        if len(train_data) < 2:
+            raise InputError(f"one image under {args.data} is too few: a tenth is left for the validation loss")
         rows = torch.arange(len(train_data))
         train_data, test_data = train_data.subset(rows[rows % 10 > 0]), train_data.subset(rows[::10])
     if args.teacher:  # what it says of itself settles the student's sizes, where no flag does

@@ -647,6 +647,9 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
 
     ours = ["--teacher", teacher]
     check(*ours, "--data", tmp_path / "nowhere", says=["nowhere is neither a directory nor one of", "digits"])
+    (tmp_path / "one").mkdir()
+    shutil.copy(next((image_folder / "train" / "cat").iterdir()), tmp_path / "one")
+    check(*ours, "--data", tmp_path / "one", says=["one image under .*one is too few"])
     check(*ours, "--data", image_folder, "--batch_size", 100, says=["24 images are fewer than --batch_size 100"])
     check(*ours, "--img_size", 18, says=["18 x 18 .*multiple of patch size 4"])
     check(*ours, "--patch_size", 8, says=["has --patch_size 4, not --patch_size 8"])

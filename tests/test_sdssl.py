@@ -451,6 +451,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
 
     nano = ["--arch", "vit_nano", "--img_size", 32, "--patch_size", 8]
     check("--data", tmp_path / "nowhere", says=["nowhere is neither a directory nor one of", "digits"])
+    check("--data", "", says=["--data '' is neither a directory"])
     (tmp_path / "empty").mkdir()
     check("--data", tmp_path / "empty", says=["no images under", "empty"])
     check("--data", image_folder, *nano, "--batch_size", 100, says=["24 images are fewer than --batch_size 100"])
