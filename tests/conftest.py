@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(config, items):
 def _be_a_script(script, arguments, cwd, threads, folder):
     for stream, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream)
+    mp.set_start_method(None, force=True)  # for a loader's workers: the interpreter's own choice again
     os.chdir(cwd)
     sys.argv = [script, *arguments]
     sys.path[:] = [str(cwd), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
