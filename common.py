@@ -755,7 +755,6 @@ class ResNet(torchvision.models.ResNet):
 
     def forward(self, x: Tensor, layers: bool = False):
         """The last stage averaged over the image (B, D); with `layers` a list of the four stages, (B, D_l) each."""
-        x = x.contiguous(memory_format=torch.channels_last)  # which convolutions are fastest with
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         pooled = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
