@@ -165,8 +165,12 @@ def in_processes(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def photos():
+def photos(tmp_path_factory):
+    """A folder of photographs, or, where there are none, of pictures with as much detail."""
+    from bench import photographs
+
     folder = SHARED / "photos"
     if not folder.is_dir():
-        pytest.skip(f"no photographs in {folder}")
+        folder = tmp_path_factory.mktemp("photos")
+        photographs(folder, 64)
     return folder
