@@ -1459,7 +1459,7 @@ def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, tmp_path, 
 
     limits = {name: common.LIMITS[name] for name in common.LIMITS.keys() & vars(method.parse_arguments([])).keys()}
     assert limits.keys() >= common.LIMITS.keys() - {"momentum", "hidden"}
-    for name, (least, most) in limits.items():
+    for name, (least, _) in limits.items():
         check(f"--{name}", least - 1, "--output_dir", tmp_path / "run", says=[f"--{name} must be between {least:g} and"])
     for name in ("lr", "warmup_epochs", "weight_decay"):
         check(f"--{name}", "nan", says=[f"--{name} must be between 0 and .*, not nan"])
