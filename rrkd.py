@@ -163,7 +163,8 @@ def lpkd_loss(z_s: Tensor, z_t: Tensor, k: int = 5, sigma: float = 1.0, all_s: T
     rows = torch.arange(len(z_t), device=z_t.device) if rows is None else rows
     distance = torch.cdist(z_t, all_t).scatter(1, rows[:, None], torch.inf)  # (n, m)
     nearest = distance.topk(min(k, len(all_t) - 1), largest=False).indices  # (n, k)
-    squared_s, squared_t = ((z[:, None] - every[nearest]).square().sum(-1)  # (n, k) each
+    # F.embedding(i, x) is x[i] with a gradient that is summed in a fixed order, so that runs repeat to the bit
+    squared_s, squared_t = ((z[:, None] - F.embedding(nearest, every)).square().sum(-1)  # (n, k) each
                             for z, every in ((z_s, all_s), (z_t, all_t)))
     weights = torch.exp(-squared_t / sigma**2)  # (n, k)
     return len(all_s) / len(z_s) * (weights * squared_s).sum() / k  # a sum over the global batch: processes are averaged

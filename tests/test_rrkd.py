@@ -169,6 +169,19 @@ def test_lpkd_loss_equals_its_loop(k, sigma):
         lambda: naive_lpkd(z_s[2:4], z_t[2:4], z_s, z_t, rows.tolist(), k, sigma), z_s, z_t)
 
 
+def test_the_gradient_of_every_loss_repeats_exactly():
+    """P2 at the losses, where a row is the neighbour of many and threads could add to its gradient in any order."""
+    z_s, z_t = leaf(400, 64, dtype=torch.float32), leaf(400, 64, seed=1, dtype=torch.float32).detach() / 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for loss in ("rrkd", "spkd", "lpkd", "feature"):
+            gradients = [torch.autograd.grad(sum(rrkd.distillation_losses(loss, z_s, z_t).values()), z_s)[0] for _ in range(30)]
+            assert gradients[0].norm() > 0 and all(torch.equal(gradients[0], each) for each in gradients), loss
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_lpkd_closed_form():
     """Three points on a line at 0, 1, 3, one neighbour each: 1-0, 0-1, 3-1; not symmetrised."""
     z_t, z_s = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 5.0]])
