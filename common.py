@@ -70,7 +70,7 @@ def run(main) -> None:
 
 LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "epochs": (1, 1e6), "batch_size": (1, 1e9), "lr": (0, 1e6),
           "warmup_epochs": (0, 1e6), "weight_decay": (0, 1e3), "momentum": (0, 1), "hidden": (1, 1e6), "max_steps": (1, 1e12),
-          "log_every": (1, 1e9), "seed": (0, 2**63 - 1)}
+          "log_every": (1, 1e9), "seed": (0, 2**63 - 1), "num_heads": (1, 1e3)}
 
 
 def check_limits(args, limits: dict) -> None:
@@ -95,15 +95,21 @@ def setup(args) -> torch.device:
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"{torch.cuda.device_count()} GPUs for more processes: lower --nproc_per_node, or pass --device cpu")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, number, processes = next(dist.rendezvous("env://"))
+        try:
+            store, number, processes = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise InputError(f"RANK is set, but not all that torchrun sets ({error}): start with torchrun, or unset RANK") from None
         # torchrun restarts its workers with the same store, which still says where the dead ones listened
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"start{restart}", store),
                                 rank=number, world_size=processes)
     if args.dtype is None:
-        args.dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
     if getattr(args, "compile", False) is None:
         args.compile = device.type == "cuda"
     if args.dtype != "fp32":
@@ -193,6 +199,8 @@ def read_image(path) -> Tensor:
     """Decodes one file to uint8 (3, H, W). Raises InputError, naming the file, where it cannot be decoded whole."""
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("pixels are floating-point numbers of unknown range")
             if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             return tv.pil_to_tensor(image.convert("RGB"))
@@ -202,9 +210,14 @@ def read_image(path) -> Tensor:
 
 
 def find_images(folder: Path) -> list[str]:
-    """All image files below a folder, sorted."""
-    return sorted(str(Path(top) / name) for top, _, names in os.walk(folder, followlinks=True) for name in names
-                  if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+    """All image files below a folder, sorted, but hidden ones; links are followed, each folder is read once."""
+    found, seen = [], set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        visible = [] if os.path.realpath(top) in seen else [name for name in folders + names if not name.startswith(".")]
+        seen.add(os.path.realpath(top))
+        folders[:] = [name for name in folders if name in visible]
+        found += [str(Path(top) / name) for name in names if name in visible and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
 
 
 def read_folder(folder: Path, class_folders: bool, classes: list | None = None) -> ImageData:
@@ -323,7 +336,7 @@ def byol_views(size: int, scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.
     return View(**shared, blur=1.0 * blur), View(**shared, blur=0.1 * blur, solarize=0.2)
 
 
-CROP_TRIES = 10  # as torchvision's RandomResizedCrop: ten draws of area and aspect, then the whole image
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop: ten draws of area and aspect, then the middle, as much as 3:4 to 4:3 has
 DRAWS = 2 * CROP_TRIES + 12  # numbers that one view of one image takes from `draw`, in the order they are read below
 
 
@@ -336,10 +349,10 @@ def crop_boxes(u: Tensor, height, width, scale) -> Tensor:
     fits = (w <= width[:, None]) & (h <= height[:, None])  # (B, tries)
     first = fits.int().argmax(1, keepdim=True)
     found = fits.any(1)
-    w = torch.where(found, w.gather(1, first)[:, 0], width)  # (B,)
-    h = torch.where(found, h.gather(1, first)[:, 0], height)  # (B,)
-    top = (u[:, 2 * CROP_TRIES] * (height - h + 1)).floor()
-    left = (u[:, 2 * CROP_TRIES + 1] * (width - w + 1)).floor()
+    w = torch.where(found, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))  # (B,)
+    h = torch.where(found, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))  # (B,)
+    top = torch.where(found, u[:, 2 * CROP_TRIES] * (height - h + 1), (height - h) / 2).floor()
+    left = torch.where(found, u[:, 2 * CROP_TRIES + 1] * (width - w + 1), (width - w) / 2).floor()
     return torch.stack([top, left, h, w], 1)  # (B, 4)
 
 
@@ -358,8 +371,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, out: int) -> Tensor:
     """(B, 3, H, W) in [0, 1] and a box for each -> (B, 3, out, out), as two batched matmuls on the images' device."""
     B, C, H, W = images.shape
     if H == W == out and (boxes[:, 2:] == out).all():
-        return images  # all of them whole, and of the right size
-    top, left, height, width = boxes.to(images.device).unbind(1)
+        return images.clone()  # all of them whole, and of the right size; `augment` works in place
+    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
     x = images.reshape(B, C * H, W) @ _resize_weights(left, width, W, out).transpose(1, 2)  # (B, C*H, out)
     return _resize_weights(top, height, H, out)[:, None] @ x.view(B, C, H, out)  # (B, C, out, out)
 
@@ -436,7 +449,7 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
     if view.blur:
         rows = chosen(blur, view.blur)
-        x[rows] = _blur(x[rows], (0.1 + 1.9 * sigma).to(device)[rows])
+        x[rows] = _blur(x[rows], (0.1 + 1.9 * sigma).to(device, non_blocking=True)[rows])
     if view.solarize:
         rows = chosen(solarize, view.solarize)
         some = x[rows]
@@ -444,10 +457,20 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
     return x
 
 
+@functools.lru_cache
+def _by_channel(values: tuple, device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]  # (3, 1, 1); made once, since making it waits for the device
+
+
 def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> normalised by channel."""
-    mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (mean, std))
-    return (x - mean).div_(std)
+    return (x - _by_channel(tuple(mean), x.device)).div_(_by_channel(tuple(std), x.device))
+
+
+def _leave_group(worker: int) -> None:
+    """In a loader's worker: a signal to the run's process group is for the main process, which saves and then ends its workers."""
+    if hasattr(os, "setpgrp"):  # Windows has no groups
+        os.setpgrp()
 
 
 class ViewLoader:
@@ -499,7 +522,7 @@ class ViewLoader:
         if self.data.images is None:
             from_files = iter(torch.utils.data.DataLoader(
                 self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
-                pin_memory=self.device.type == "cuda", generator=torch.Generator()))
+                pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=_leave_group))
         else:
             self.data.images = self.data.images.to(self.device)
         for step in range(start, stop):
@@ -527,12 +550,14 @@ def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_w
         for chunk in rows.split(batch_size):
             x = data.images[chunk.to(data.images.device)].to(device).float() / 255
             if x.shape[-2:] != (size, size):
+                x = x.cpu() if x.device.type == "mps" else x  # which has no antialiased bicubic in torch 2.6
                 x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-            yield normalize(x, mean, std)
+            yield normalize(x.to(device), mean, std)
         return
     crops = _CentreCrops(data.paths, size)
     for x in torch.utils.data.DataLoader(crops, batch_size, sampler=rows.tolist(), num_workers=num_workers,
-                                         generator=torch.Generator()):  # its own, so that nothing else is disturbed
+                                         generator=torch.Generator(),  # its own, so that nothing else is disturbed
+                                         worker_init_fn=_leave_group):
         yield normalize(x.to(device).float() / 255, mean, std)
 
 
@@ -564,10 +589,10 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(*self.split(x))  # (B, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """(B, heads, T, T): each row sums to one."""
+    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, heads, T, T), or only the rows of the first `queries` tokens: each row sums to one."""
         q, k, _ = self.split(x)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return (q[:, :, :queries] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class Mlp(nn.Module):
@@ -594,9 +619,9 @@ class Block(nn.Module):
         x = x + keep[:, :1, None] * self.attn(self.norm1(x))
         return x + keep[:, 1:, None] * self.mlp(self.norm2(x))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """The weights (B, heads, T, T) with which `forward` attends."""
-        return self.attn.weights(self.norm1(x))
+    def attention(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """The weights (B, heads, T, T), or those of the first `queries` tokens, with which `forward` attends."""
+        return self.attn.weights(self.norm1(x), queries)
 
 
 class PostNormBlock(Block):
@@ -607,8 +632,8 @@ class PostNormBlock(Block):
         x = self.norm1(x + keep[:, :1, None] * self.attn(x))
         return self.norm2(x + keep[:, 1:, None] * self.mlp(x))
 
-    def attention(self, x: Tensor) -> Tensor:
-        return self.attn.weights(x)
+    def attention(self, x: Tensor, queries: int | None = None) -> Tensor:
+        return self.attn.weights(x, queries)
 
 
 class PatchEmbed(nn.Module):
@@ -717,12 +742,12 @@ class VisionTransformer(nn.Module):
         """The last n blocks' outputs (B, 1+N, D), each through the final norm."""
         return [self.norm(y) for y in self.block_outputs(x)[-n:]]
 
-    def get_last_selfattention(self, x: Tensor) -> Tensor:
-        """(B, heads, 1+N, 1+N): the last block's attention."""
+    def get_last_selfattention(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, heads, 1+N, 1+N): the last block's attention; with queries=1 that of [CLS] alone, (B, heads, 1, 1+N)."""
         x = self.tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attention(x)
+        return self.blocks[-1].attention(x, queries)
 
 
 def _vit(**defaults):
@@ -764,7 +789,10 @@ class ResNet(torchvision.models.ResNet):
 
 
 class TimmBackbone(nn.Module):
-    """Any timm model behind the same call; `layers` wants one of its ViTs. `model` holds the weights, with timm's keys."""
+    """Any timm model behind the same call, which pools as timm does; `layers` wants a ViT that pools by [CLS].
+
+    `model` holds the weights, with timm's keys.
+    """
 
     def __init__(self, name: str, img_size: int | None, pretrained: bool):
         super().__init__()
@@ -772,38 +800,61 @@ class TimmBackbone(nn.Module):
 
         if not timm.is_model(name):
             raise InputError(f"timm has no model {name!r}: timm.list_models() names them")
-        size = {"dynamic_img_size": True} if name.startswith(("vit", "deit")) else {}  # other sizes resize positions, as in ours
-        size |= {"img_size": img_size} if img_size and name.startswith(("vit", "deit", "beit")) else {}
+        size, dynamic = {"img_size": img_size} if img_size else {}, {"dynamic_img_size": True}  # other sizes resize positions
         try:
-            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+            for options in (size | ({} if name.startswith("beit") else dynamic), size, {}):
+                try:
+                    self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+                    break
+                except TypeError:  # not an option of this model
+                    if not options:
+                        raise
+            data = timm.data.resolve_model_data_config(self.model)
+            self.mean, self.std, self.img_size = data["mean"], data["std"], data["input_size"][1]
+            side, training = img_size or self.img_size, self.model.training
+            with torch.no_grad():
+                self.embed_dim = self.model.eval()(torch.zeros(1, 3, side, side)).shape[1]
         except Exception as error:
-            raise InputError(f"cannot make timm/{name} ({' '.join(str(error).split())[:160]})") from None
-        data = timm.data.resolve_model_data_config(self.model)
-        self.mean, self.std, self.img_size = data["mean"], data["std"], data["input_size"][1]
-        self.embed_dim = self.model.num_features
+            what = f"timm/{name}" + (f" for images of {img_size} pixels" if img_size else "")
+            raise InputError(f"cannot make {what} ({' '.join(str(error).split())[:160]})") from None
+        self.model.train(training)
         self.layer_dims = [self.embed_dim] * len(getattr(self.model, "blocks", [None]))
+        self.has_tokens = hasattr(self.model, "get_intermediate_layers") and getattr(self.model, "cls_token", None) is not None
+        for module in self.model.modules():  # statistics of the global batch
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = _TimmBatchNorm if hasattr(module, "act") else BatchNorm
 
     def forward(self, x: Tensor, layers: bool = False):
         if not layers:
-            return self.model(x)
-        if not hasattr(self.model, "get_intermediate_layers"):
-            raise InputError("the layers of a timm model are to be had from its ViTs only")
-        outputs = self.model.get_intermediate_layers(x, n=len(self.layer_dims), return_prefix_tokens=True, norm=True)
-        return [prefix[:, 0] for _, prefix in outputs]  # L of (B, D)
+            return self.model(x)  # (B, D)
+        if self.model.global_pool != "token" or hasattr(self.model, "dist_token"):
+            raise InputError("the layers of a timm model are to be had only where its own output is [CLS]")
+        return [cls for cls, _ in self.tokens(x, len(self.layer_dims))]  # L of (B, D)
+
+    def tokens(self, x: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+        """[CLS] (B, D) and patch tokens (B, N, D), after the final norm, of the last n layers."""
+        if not self.has_tokens:
+            raise InputError("tokens of a timm model are to be had from its ViTs with [CLS] only")
+        outputs = self.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
+        return [(prefix[:, 0], patches) for patches, prefix in outputs]
 
 
 def patch_side(backbone) -> int:
     """Pixels that the sides of an image must be a multiple of."""
     embed = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
-    return 1 if embed is None else embed.proj.kernel_size[0]
+    return embed.proj.kernel_size[0] if isinstance(embed, PatchEmbed) else embed.feat_ratio() if hasattr(embed, "feat_ratio") else 1
+
+
+def has_tokens(backbone) -> bool:
+    """Whether `token_layers` is to be had."""
+    return getattr(backbone, "has_tokens", hasattr(backbone, "get_intermediate_layers"))
 
 
 def token_layers(backbone, x: Tensor, layers: bool) -> list[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) -> [CLS] (B, D) and patch tokens (B, h, w, D), after the final norm, of all layers or of the last."""
     n, side = len(backbone.layer_dims) if layers else 1, patch_side(backbone)
     if isinstance(backbone, TimmBackbone):
-        outputs = backbone.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
-        outputs = [(prefix[:, 0], patches) for patches, prefix in outputs]
+        outputs = backbone.tokens(x, n)
     else:
         outputs = [(tokens[:, 0], tokens[:, 1:]) for tokens in backbone.get_intermediate_layers(x, n)]
     return [(cls, patches.unflatten(1, (x.shape[-2] // side, x.shape[-1] // side))) for cls, patches in outputs]
@@ -921,10 +972,20 @@ class BatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
+class _TimmBatchNorm(BatchNorm):
+    """timm's BatchNormAct2d, over the global batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def distributed(model: nn.Module) -> nn.Module:
     """DistributedDataParallel where there are several processes: gradients averaged, buffers left alone."""
     if world_size() == 1:
         return model
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, BatchNorm):
+            raise InputError(f"{name} normalises over the images of one process alone: use another --arch, or one process")
     ddp = nn.parallel.DistributedDataParallel
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
@@ -958,7 +1019,7 @@ def read_checkpoint(path) -> dict:
             raise InputError(
                 f"{path} holds pickled Python objects beside its tensors, and loading those can run code; where you trust it, "
                 f"convert it once: python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
-                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or hasattr(v, 'shape')}}, "
+                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or isinstance(v, torch.Tensor)}}, "
                 f"'clean.pth')\"") from None
         raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
     if not isinstance(checkpoint, dict):
@@ -968,13 +1029,20 @@ def read_checkpoint(path) -> dict:
     return checkpoint
 
 
+def meta_of(checkpoint: dict) -> dict:
+    """What a checkpoint of this repository says of its backbone: arch and sizes under `backbone`, mean, std; {} for others."""
+    meta = checkpoint.get("meta")
+    return dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}
+
+
 def backbone_weights(checkpoint: dict, network: str | None = None) -> dict:
     """The backbone's state dict out of a checkpoint of this repository, DINO, iBOT, MoCo v3 or timm.
 
     network: "student" or "teacher". Default: what `backbone.pth` holds for our files; for others the teacher under DINO's
     and iBOT's key `teacher`, and the student (`base_encoder`) of MoCo v3.
     """
-    network = network or checkpoint.get("meta", {}).get("network")
+    meta = checkpoint.get("meta")
+    network = network or (meta.get("network") if isinstance(meta, dict) else None)
     if network and network not in checkpoint and {"student", "teacher"} & set(checkpoint):
         raise InputError(f"the checkpoint has no {network} network: pass --network with the one that it has")
     wanted = [network] if network else ["teacher", "student"]
@@ -999,6 +1067,9 @@ def load_weights(model: nn.Module, weights: dict, source) -> None:
         what = f"{len(missing)} keys are missing" + (f" (first: {missing[0]})" if missing else "")
         what += f", {len(unexpected)} are unknown" + (f" (first: {unexpected[0]})" if unexpected else "")
         raise InputError(f"{source} does not fit this architecture: {what}; check --arch and --network")
+    for key, value in weights.items():
+        if not isinstance(value, Tensor) or value.ndim != ours[key].ndim:
+            raise InputError(f"{source} does not fit this architecture: {key} is no tensor of {ours[key].ndim} dimensions")
     positions, own = weights.get("pos_embed"), isinstance(model, VisionTransformer)
     if positions is not None and positions.shape != model.pos_embed.shape and (own or hasattr(model, "set_input_size")):
         extra = model.pos_embed.shape[1] - math.prod(model.grid if own else model.patch_embed.grid_size)  # [CLS] and the like
@@ -1016,15 +1087,34 @@ def load_weights(model: nn.Module, weights: dict, source) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=None, network=None) -> tuple[nn.Module, dict]:
+def start_from(backbone: nn.Module, path: str) -> None:
+    """--init: loads a backbone's weights from a file; positions of another grid are resized to the one that was built."""
+    content, grid = read_checkpoint(path), getattr(backbone, "grid", None)
+    heads = moco_heads(content, backbone.embed_dim)
+    if grid and heads and heads != backbone.blocks[0].attn.num_heads:
+        raise InputError(f"{path} is MoCo v3's, whose ViT-S has {heads} heads and not {backbone.blocks[0].attn.num_heads}: "
+                         f"pass --num_heads {heads}, which sdssl.py has")
+    load_weights(backbone, backbone_weights(content), path)
+    if grid and backbone.grid != grid:
+        backbone.pos_embed.data, backbone.grid = backbone.positions(grid).detach(), grid  # (1, 1+N, D)
+
+
+def moco_heads(checkpoint: dict, width: int) -> int | None:
+    """12 for a file of MoCo v3 that holds its ViT-S, which has other heads than everybody's; None for all others."""
+    weights = checkpoint.get("state_dict")
+    return 12 if width == 384 and isinstance(weights, dict) and any("base_encoder." in key for key in weights) else None
+
+
+def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=None, network=None,
+                  num_heads=None) -> tuple[nn.Module, dict]:
     """-> a backbone in evaluation mode, and its meta: arch, img_size, patch_size, mean, std ...
 
-    Our own `checkpoint.pth` says all of that itself. Other files need `arch` (and for ViTs `patch_size`). Without a file:
-    random weights, or timm's pretrained ones for `timm/NAME`.
+    Our own `checkpoint.pth` says all of that itself. Other files need `arch` (and for ViTs `patch_size`, and `num_heads` where
+    it is not timm's; a file of MoCo v3 has 12 for vit_small). Without a file: random weights, or timm's pretrained ones for
+    `timm/NAME`.
     """
     content = read_checkpoint(checkpoint) if checkpoint else {}
-    meta = content.get("meta")
-    meta = dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}  # others keep a "meta" too
+    meta = meta_of(content)
     if not meta and not arch:
         raise InputError(f"{checkpoint or 'the command'} does not say which architecture: pass --arch (and --patch_size)")
     if meta and arch and arch != meta["backbone"]["arch"]:
@@ -1033,15 +1123,19 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
         raise InputError(f"{checkpoint} has --patch_size {meta['backbone'].get('patch_size')}, not --patch_size {patch_size}")
     options = meta.get("backbone") or dict(arch=arch, img_size=img_size or (None if arch.startswith("timm/") else 224),
                                            patch_size=patch_size or 16)
+    if meta and num_heads:
+        raise InputError(f"{checkpoint} says itself how many heads it has: leave --num_heads out")
+    num_heads = num_heads or (moco_heads(content, 384) if arch == "vit_small" else None)
+    options = options | ({"num_heads": num_heads} if num_heads else {})
     backbone = create_backbone(**options, pretrained=not checkpoint)
     if checkpoint:
         load_weights(backbone, backbone_weights(content, network), checkpoint)
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
     meta.update(backbone=options, img_size=img_size or options["img_size"] or backbone.img_size)
-    if isinstance(backbone, VisionTransformer) and meta["img_size"] % backbone.patch_size:
+    if meta["img_size"] % patch_side(backbone):
         side = meta["img_size"]
-        raise InputError(f"images of {side} x {side} are not a multiple of patch size {backbone.patch_size}: change --img_size")
+        raise InputError(f"images of {side} x {side} are not a multiple of patch size {patch_side(backbone)}: change --img_size")
     return backbone.eval().requires_grad_(False), meta
 
 
@@ -1139,7 +1233,9 @@ class Run:
         resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
         if resume and path.is_file():
             self.checkpoint = read_checkpoint(path)
-            then = self.checkpoint.get("args", {})
+            then, step = (self.checkpoint.get(name) for name in ("args", "step"))
+            if not (isinstance(then, dict) and isinstance(step, int)):
+                raise InputError(f"{path} holds no run to resume: use another --output_dir")
             changed = [f"--{name} was {then.get(name)}" for name, value in plain(vars(args)).items()
                        if name not in self.FREE and then.get(name) != value]
             if changed:
@@ -1153,10 +1249,7 @@ class Run:
             signal.signal(number, lambda received, frame: _signal_received.append(received))
         barrier()  # no process writes before all have looked
         if rank() == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot make --output_dir {self.folder}: {error.strerror}") from None
+            make_folder(self.folder)
             kept = [record for record in self.records() if record["step"] <= self.start] if self.checkpoint else []
             if not self.checkpoint:
                 path.unlink(missing_ok=True)
@@ -1166,6 +1259,18 @@ class Run:
         if self.start >= self.stop:
             log(f"{self.folder} is already at step {self.start}: nothing is left to do")
         self.clock, self.clock_step, self.clock_waited = time.perf_counter(), self.start, 0.0
+
+    def restore(self, **parts) -> None:
+        """Networks, optimizer and scaler as they were, where the run goes on from a checkpoint; None is skipped."""
+        for name, part in parts.items() if self.checkpoint else ():
+            try:
+                if part is not None and (self.checkpoint[name] or name != "scaler"):  # fp16 has scales to restore, others none
+                    part.load_state_dict(self.checkpoint[name])
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                self.bar.close()
+                reason = " ".join(str(error).split())[:160]
+                raise InputError(f"cannot resume {self.folder / 'checkpoint.pth'}: its {name} is not this run's ({reason}); "
+                                 f"use another --output_dir") from None
 
     def records(self) -> list[dict]:
         """The log so far; a line that a kill cut short is left out."""
@@ -1207,6 +1312,16 @@ class Run:
                 f"is intact. Lower --lr, or raise --warmup_epochs.")
             sys.exit(1)
 
+    def check_weights(self, step: int, state: dict) -> None:
+        """Stops the run before non-finite weights are saved: a step can spoil them although its losses were finite."""
+        self.check()
+        for name in [name for name in ("student", "teacher") if name in state]:  # a probe has none
+            if not torch.stack([value.isfinite().all() for value in state[name].values()]).all():
+                self.bar.close()
+                log(f"stopped: weights of the {name} are not finite after step {step}; the last checkpoint in {self.folder} is "
+                    f"intact. Lower --lr, or raise --warmup_epochs.")
+                sys.exit(1)
+
     def log_step(self, step: int, losses: dict[str, Tensor], waited: float, features: Tensor | None = None, **values) -> None:
         """Writes one record: losses averaged over the processes, the given values, speed, and the spread of `features`."""
         self.check()
@@ -1219,9 +1334,10 @@ class Run:
         if self.args.device.startswith("cuda"):
             values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if features is not None:
+            features = gather(features.detach())  # of the global batch
             ratio, effective_rank = (x.item() for x in spread(features))
             values |= {"std_ratio": ratio, "effective_rank": effective_rank}
-            if ratio < 0.1 or effective_rank < 2:
+            if len(features) >= 8 and (ratio < 0.1 or effective_rank < 2):  # a few points span little in any case
                 values["collapse"] = True
                 log(f"collapse at step {step + 1}: the features' spread is {ratio:.3f} of an even one and their effective rank "
                     f"{effective_rank:.1f}; a lower --lr, a larger batch or a higher teacher momentum helps")
@@ -1240,9 +1356,12 @@ class Run:
             stopping = self.log_now(step) and bool(mean_over_processes(self.first_bad.new_tensor(float(stopping))) > 0)
         paused = time.perf_counter()
         check_knn = done or (args.knn_every and ended and ended % args.knn_every == 0)
+        saving = done or stopping or (args.save_every and ended and ended % args.save_every == 0)
+        if saving:
+            self.check_weights(step + 1, state())
         if knn and check_knn:
             self.record_knn(step + 1, knn())
-        if done or stopping or (args.save_every and ended and ended % args.save_every == 0):
+        if saving:
             self.save(step + 1, state())
         if rank() == 0 and (check_knn or stopping):
             self.draw_curves()
@@ -1294,6 +1413,14 @@ def subplots(rows: int, columns: int, width: float, height: float):
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def make_folder(folder: Path) -> None:
+    """For output. Raises InputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder} for output: {error.strerror}") from None
 
 
 def plain(values: dict) -> dict:
@@ -1356,12 +1483,14 @@ RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102
                  aircraft="imagenet")
 
 
-def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
+def apply_recipe(args, recipes: dict, data: ImageData, name: str | None = None) -> dict:
     """Fills the arguments that were not given from the data set's recipe, says which, and returns the recipe.
 
-    A directory takes the recipe of CIFAR-10 where its first image has at most 64 pixels a side, else ImageNet's.
+    A directory takes the recipe of CIFAR-10 where its first image has at most 64 pixels a side, else ImageNet's, unless
+    `name` says which data set it holds.
     """
-    name = RECIPE_OF.get(args.data, args.data)
+    name = name or args.data
+    name = RECIPE_OF.get(name, name)
     if name not in recipes:
         name = "cifar10" if max(data.image_size()) <= 64 else "imagenet"
     recipe = recipes[name]

@@ -44,6 +44,7 @@ validation loss falls from 1.91 to 0.05.
     unlike widths         not met                                                 --proj: one linear map of all student's states
 """
 import argparse
+import inspect
 import time
 from pathlib import Path
 
@@ -53,9 +54,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (MEAN, STD, VITS, ImageData, InputError, Parser, Run, View, ViewLoader, VisionTransformer, add_arguments,
-                    apply_recipe, autocast, backbone_weights, cosine_schedule, create_backbone, distributed, extract_features,
-                    fp32, knn_accuracy, load_backbone, load_data, load_weights, log, non_negative, parameter_groups,
-                    read_checkpoint, run, setup)
+                    apply_recipe, autocast, backbone_weights, check_limits, cosine_schedule, create_backbone, distributed,
+                    extract_features, fp32, knn_accuracy, load_backbone, load_data, load_weights, log, meta_of, non_negative,
+                    parameter_groups, read_checkpoint, run, setup)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -234,8 +235,11 @@ def load_teacher(args) -> tuple[nn.Module, dict]:
         backbone, meta = load_backbone(args.teacher, args.teacher_arch, args.patch_size, args.img_size)
     else:
         raise InputError(f"{args.teacher} does not say which architecture: pass --teacher_arch (and --patch_size)")
-    if not hasattr(getattr(backbone, "model", backbone), "cls_token"):
-        raise InputError(f"--teacher_arch {args.teacher_arch} has no tokens to learn from: it must be a ViT with [CLS]")
+    model = getattr(backbone, "model", backbone)
+    returns = inspect.signature(getattr(model, "forward_intermediates", log)).parameters
+    plain = model is backbone or "return_prefix_tokens" in returns
+    if getattr(model, "cls_token", None) is None or getattr(model, "num_prefix_tokens", 1) != 1 or not plain:
+        raise InputError(f"--teacher_arch {args.teacher_arch} has no tokens to learn from: it must be a ViT with [CLS] and patches")
     return backbone.eval().requires_grad_(False), meta
 
 
@@ -304,8 +308,7 @@ def fit(args, network: nn.Module, teacher: nn.Module | None, meta: dict, train_d
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
     parts = {meta["network"]: network, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if job.checkpoint else ():
-        part.load_state_dict(job.checkpoint[name])
+    job.restore(**parts)
     peak_lr = args.lr * args.batch_size / 256
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int(args.warmup_epochs * steps_per_epoch))
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
@@ -342,7 +345,7 @@ def fit(args, network: nn.Module, teacher: nn.Module | None, meta: dict, train_d
 
         # teacher: targets without gradient; for a teacher in the making, the labels
         with torch.no_grad(), autocast(device, args.dtype):
-            target = teacher(x) if teacher else train_data.labels[index].to(device)  # (B, T, D); (B,)
+            target = teacher(x) if teacher else train_data.labels[index].to(device, non_blocking=True)  # (B, T, D); (B,)
 
         # student
         with autocast(device, args.dtype):
@@ -370,6 +373,7 @@ def fit(args, network: nn.Module, teacher: nn.Module | None, meta: dict, train_d
 
 
 def train(args) -> None:
+    check_limits(args, {"teacher_epochs": (1, 1e6)})
     device = setup(args)
     train_data, test_data = load_data(args.data, args.data_path)
     if test_data is None:  # every tenth image is left for the validation loss
@@ -378,8 +382,7 @@ def train(args) -> None:
         rows = torch.arange(len(train_data))
         train_data, test_data = train_data.subset(rows[rows % 10 > 0]), train_data.subset(rows[::10])
     if args.teacher:  # what it says of itself settles the student's sizes, where no flag does
-        said = read_checkpoint(args.teacher).get("meta")
-        said = said.get("backbone", {}) if isinstance(said, dict) else {}
+        said = meta_of(read_checkpoint(args.teacher)).get("backbone", {})
         args.teacher_arch = args.teacher_arch or said.get("arch")
         args.arch = args.arch or (said.get("arch") if said.get("arch") in VITS else None)
         args.img_size, args.patch_size = args.img_size or said.get("img_size"), args.patch_size or said.get("patch_size")

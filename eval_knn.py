@@ -60,8 +60,9 @@ from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, Parser, autocast, barrier, extract_features,
-                    find_images, fp32, knn_classifier, load_backbone, load_data, log, mean_over_processes, non_negative,
-                    normalize, patch_side, rank, read_image, run, save_file, setup, subplots, token_layers, world_size)
+                    find_images, fp32, has_tokens, knn_classifier, load_backbone, load_data, log, make_folder,
+                    mean_over_processes, non_negative, normalize, patch_side, rank, read_image, run, save_file, setup, subplots,
+                    token_layers, world_size)
 
 TASKS = {  # the settings of each, with DINO's defaults; a flag that a task does not list is not for it
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07, features=None),
@@ -204,7 +205,6 @@ def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
     splits = {name: split_features(part, backbone, meta, device, args) for name, part in splits.items()}
     if args.features:
         if rank() == 0:
-            Path(args.features).parent.mkdir(parents=True, exist_ok=True)
             save_file(splits, Path(args.features))
         barrier()
         log(f"features saved in {args.features}")
@@ -601,7 +601,6 @@ def print_side_by_side(rows: list[dict]) -> None:
 def save_results(rows: list[dict], args) -> None:
     """results.json and, of several layers, layers.png: the first metric over the layers, as in SDSSL's Fig. 4."""
     folder, metric = Path(args.output_dir), metrics_of(rows[0])[0]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"rows": rows, "args": vars(args)}, indent=1) + "\n")
     log(f"wrote {folder / 'results.json'}")
     if args.layers == "last":
@@ -638,6 +637,7 @@ def parse_arguments() -> argparse.Namespace:
                        "(default: random weights, or timm's pretrained ones for timm/NAME)")
     group.add_argument("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: the checkpoint's)")
     group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: the checkpoint's, else 16)")
+    group.add_argument("--num_heads", type=int, help="of a ViT whose file does not say (default: timm's; MoCo v3's vit_small: 12)")
     group.add_argument("--network", choices=["student", "teacher"], help="which one of the checkpoint (default: "
                        "the one that its method evaluates; the teacher of DINO and iBOT, the student of MoCo v3)")
     group = parser.add_argument_group("evaluation")
@@ -671,7 +671,7 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and min(value if name == "k" else [value]) < 1:
             raise InputError(f"--{name} must be at least 1, not {min(value) if name == 'k' else value}")
-    if args.temperature is not None and args.temperature < 0.012:  # exp(1 / T) overflows fp32 a little below
+    if args.temperature is not None and not args.temperature >= 0.012:  # exp(1 / T) overflows fp32 a little below
         raise InputError(f"--temperature must be at least 0.012, not {args.temperature}")
     if args.scales and not 0 < min(args.scales) <= max(args.scales) <= 4:
         raise InputError(f"--scales must be above 0 and at most 4, not {' '.join(map(str, args.scales))}")
@@ -679,6 +679,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--task video takes one --k")
     if args.features and Path(args.features).is_dir():
         raise InputError(f"--features {args.features} is a directory: name a file, such as {args.features}/features.pth")
+    if args.features:
+        make_folder(Path(args.features).parent)
     if args.features and len(args.data) > 1:
         raise InputError("--features takes one data set: run it once for each")
     args.output_dir = args.output_dir or (None if args.task == "knn" else f"runs/{args.task}")
@@ -686,11 +688,16 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--compare draws layers: it needs --layers all and --output_dir")
     for folder in args.compare or ():
         path = Path(folder) / "results.json"
-        then = json.loads(path.read_text())["args"] if path.is_file() else {}
-        if (then.get("task"), then.get("layers")) != (args.task, "all"):
-            raise InputError(f"{path} holds no results of --task {args.task} --layers all to compare with")
+        try:
+            then = json.loads(path.read_text())["args"]
+            if (then["task"], then["layers"]) != (args.task, "all"):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{path} holds no results of --task {args.task} --layers all to compare with") from None
     if args.output_dir and (Path(args.output_dir) / "results.json").is_file() and not args.overwrite:
         raise InputError(f"{args.output_dir} already holds results: pass --overwrite or another --output_dir")
+    if args.output_dir:
+        make_folder(Path(args.output_dir))
     return args
 
 
@@ -698,10 +705,10 @@ def main():
     args = parse_arguments()
     device = setup(args)
     own_size = args.img_size if args.task == "knn" else None  # the other tasks have images of many sizes
-    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, own_size, args.network)
+    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, own_size, args.network, args.num_heads)
     backbone.to(device)
     arch, network = meta["backbone"]["arch"], args.network or meta.get("network")
-    if args.task in ("copy", "video") and not hasattr(getattr(backbone, "model", backbone), "get_intermediate_layers"):
+    if args.task in ("copy", "video") and not has_tokens(backbone):
         raise InputError(f"--task {args.task} needs patch tokens, which {arch} does not have: it does knn and retrieval")
     source = f"{args.checkpoint}{f' ({network})' if network else ''}" if args.checkpoint else (
         "timm's pretrained weights" if arch.startswith("timm/") else "random weights, for want of --checkpoint")

@@ -61,8 +61,8 @@ from tqdm import tqdm
 
 from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Parser, Run, View, ViewLoader,
                     apply_recipe, autocast, check_limits, cosine_schedule, crop_and_resize, crop_boxes, distributed,
-                    eval_batches, extract_features, fp32, gather, load_backbone, load_data, local_rows, log, mean_over_processes,
-                    non_negative, rank, run, setup, subplots, token_layers, world_size)
+                    eval_batches, extract_features, fp32, gather, has_tokens, load_backbone, load_data, local_rows, log,
+                    make_folder, mean_over_processes, non_negative, rank, run, setup, subplots, token_layers, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -90,14 +90,11 @@ EVAL_BATCH = 256  # images per process when nothing is learnt
 # ----------------------------------------------------------------------------------------------------------- features
 
 
-def has_tokens(backbone: nn.Module) -> bool:
-    return hasattr(getattr(backbone, "model", backbone), "get_intermediate_layers")
-
-
 def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> list[Tensor]:
     """Images (B, 3, H, W) -> features of all layers, or of the last one alone: a list of (B, D_l), each after the final norm.
 
-    pool: [CLS], the mean of the patch tokens, or both side by side. ResNets have neither: a stage is averaged.
+    pool: [CLS] (of timm's models their own output), the mean of the patch tokens, or both side by side. ResNets have
+    neither: a stage is averaged.
     """
     if pool == "cls" or not has_tokens(backbone):
         return backbone(x, layers=True) if layers else [backbone(x)]
@@ -168,6 +165,11 @@ class Classifier(nn.Module):
         self.backbone.train(not head_only)  # a frozen one keeps its BatchNorm statistics
         if hasattr(backbone, "mask_token"):
             backbone.mask_token.requires_grad_(False)  # no masks here
+        for name in ("fc_norm", "attn_pool"):  # timm's, behind its own pooling
+            if pool != "cls" and has_tokens(backbone) and isinstance(getattr(backbone, "model", None), nn.Module):
+                part = getattr(backbone.model, name, None)
+                if part is not None:
+                    part.requires_grad_(False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -220,8 +222,8 @@ class RandAugmentLoader(ViewLoader):
     def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers: int, config: str, mean=MEAN, std=STD):
         # the parent takes images that it does not see for files, and leaves the crops to `__getitem__`
         super().__init__(dataclasses.replace(data, images=None), views, batch_size, seed, device, num_workers, mean, std)
-        self.images = data.images
-        # magnitudes stay just below 10: there timm posterizes to 0 bits, which Pillow refuses
+        self.images, self.config = data.images, config
+        # magnitudes stay just below 10: with -inc1 timm posterizes to 0 bits there, which Pillow refuses
         options = dict(translate_const=int(0.45 * views[0].size), img_mean=(124, 116, 104), magnitude_max=9.99)
         try:
             self.transform = rand_augment_transform(config, options)
@@ -237,7 +239,10 @@ class RandAugmentLoader(ViewLoader):
             crops = (255 * crop_and_resize(images, boxes, view.size)).round().byte()
         for place, crop in enumerate(crops, self.rows.start):  # in the global batch
             with seeded(self.seed, step, 1002, place):
-                crop.copy_(tv.pil_to_tensor(self.transform(tv.to_pil_image(crop))))
+                try:
+                    crop.copy_(tv.pil_to_tensor(self.transform(tv.to_pil_image(crop))))
+                except ValueError as error:  # without -inc1, small magnitudes posterize to 0 bits
+                    raise InputError(f"--randaugment {self.config} is too much for Pillow ({error}): add -inc1 to it") from None
         return [crops]
 
 
@@ -349,17 +354,19 @@ def compare(folders: list[str], output_dir: Path) -> None:
     """Finished probes of all layers over each other: a table and multi_exit.png. Folders whose names differ by -SEED are one."""
     runs = {}
     for folder in map(Path, folders):
-        if not (folder / "results.json").is_file():
-            raise InputError(f"{folder} has no results.json: probe a checkpoint with --layers all --output_dir {folder} first")
-        rows = json.loads((folder / "results.json").read_text())["rows"]
-        runs.setdefault(re.sub(r"-\d+$", "", folder.name), []).append([row["test_top1"] for row in rows])
+        try:
+            top1 = [row["test_top1"] for row in json.loads((folder / "results.json").read_text())["rows"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder} has no results.json of a probe: make it with --layers all --output_dir {folder}") from None
+        runs.setdefault(re.sub(r"-\d+$", "", str(folder)), []).append(top1)
     if len({len(run) for group in runs.values() for run in group}) > 1:
         raise InputError("--compare takes runs with the same number of layers, all probed with --layers all")
-    curves = {name: torch.tensor(group) for name, group in runs.items()}  # (runs, L) each
+    distinct = len({Path(name).name for name in runs}) == len(runs)
+    curves = {Path(name).name if distinct else name: torch.tensor(group) for name, group in runs.items()}  # (runs, L) each
     for name, top1 in curves.items():
         spread = top1.std(0) if len(top1) > 1 else torch.zeros(top1.shape[1])
         log(f"{name:<20} n = {len(top1)}   " + "   ".join(f"{m:.1f} +- {s:.1f}" for m, s in zip(top1.mean(0), spread, strict=True)))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     draw_multi_exit(curves, output_dir / "multi_exit.png")
 
 
@@ -400,8 +407,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int((args.warmup_epochs or 0) * loader.steps_per_epoch))
     job = Run(args, total, loader.steps_per_epoch)
     parts = {"student" if finetuned else "probes": network, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if job.checkpoint else ():
-        part.load_state_dict(job.checkpoint[name])
+    job.restore(**parts)
 
     batches, cache = loader.steps(job.start, job.stop), None
     if args.cached and job.start < job.stop:
@@ -484,6 +490,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--checkpoint", metavar="FILE", help="ours, DINO's, iBOT's, MoCo v3's, timm's (default: random or timm's)")
     group.add_argument("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: the checkpoint's)")
     group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: the checkpoint's, else 16)")
+    group.add_argument("--num_heads", type=int, help="of a ViT whose file does not say (default: timm's; MoCo v3's vit_small: 12)")
     group.add_argument("--network", choices=["student", "teacher"], help="which one (default: as the method evaluates)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--layers", default="last", choices=["last", "all"], help="that are probed (default: %(default)s)")
@@ -559,7 +566,7 @@ def evaluate_on(args) -> list[dict]:
         raise InputError("--holdout 0 leaves no images to choose a learning rate by: pass a single --lr")
 
     device = setup(args)
-    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size, args.network)
+    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size, args.network, args.num_heads)
     arch = meta["backbone"]["arch"]
     if args.pool in ("cls", "both") and not has_tokens(backbone):
         raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")

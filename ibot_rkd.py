@@ -61,10 +61,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as tv
 
 from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Parser, Run, View, ViewLoader, VisionTransformer, add_arguments,
-                    apply_recipe, autocast, backbone_weights, byol_views, check_limits, cosine_schedule, create_backbone,
-                    distributed, draw, ema_update, fp32, gather, knn_accuracy, load_backbone, load_data, load_weights,
-                    local_rows, log, mean_over_processes, normalize, parameter_groups, read_checkpoint, read_image, run, setup,
-                    subplots)
+                    apply_recipe, autocast, byol_views, check_limits, cosine_schedule, create_backbone, distributed, draw,
+                    ema_update, fp32, gather, knn_accuracy, load_backbone, load_data, local_rows, log, make_folder,
+                    mean_over_processes, normalize, parameter_groups, read_image, run, setup, start_from, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -199,7 +198,8 @@ def cls_loss(s: Tensor, t: Tensor, centre: Tensor, tau_s: float = 0.1, tau_t: fl
     """
     target, log_q = ((t - centre) / tau_t).softmax(-1), (s / tau_s).log_softmax(-1)
     pairs = -(target.flatten(1) @ log_q.flatten(1).T) / t.shape[1]  # (V, V+L)
-    return pairs[~torch.eye(*pairs.shape, dtype=torch.bool, device=s.device)].mean()
+    others = 1 - torch.eye(*pairs.shape, device=s.device)  # (V, V+L)
+    return (pairs * others).sum() / others.sum()
 
 
 @fp32
@@ -347,7 +347,7 @@ def build(args) -> tuple[Student, Teacher, dict]:
         raise InputError(f"--arch {args.arch} has no patch tokens to mask: use one of this repository's ViTs, such as vit_small")
     backbone = create_backbone(**options, drop_path=args.drop_path)
     if args.init:
-        load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
+        start_from(backbone, args.init)
     student = Student(backbone, args.hidden, args.out_dim)
     return student, Teacher(student), dict(method="ibot_rkd", network="teacher", backbone=options, mean=MEAN, std=STD)
 
@@ -415,9 +415,7 @@ def train(args) -> None:
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
-    if job.checkpoint:
-        for name, part in dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler).items():
-            part.load_state_dict(job.checkpoint[name])
+    job.restore(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     peak_lr = args.lr * args.batch_size / 256
     lr = cosine_schedule(peak_lr, 1e-6, total, warmup=int(args.warmup_epochs * steps_per_epoch))
@@ -508,11 +506,14 @@ def train(args) -> None:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
+MOST_TOKENS = 20_000  # of an image without --img_size: a minute or so on a CPU
+
+
 @torch.no_grad()
 def attention_maps(backbone: VisionTransformer, x: Tensor) -> Tensor:
     """One image (1, 3, H, W) of any size that patches divide -> (heads, h, w): how the last block's [CLS] attends to patches."""
     p = backbone.patch_size
-    return backbone.get_last_selfattention(x)[0, :, 0, 1:].unflatten(1, (x.shape[-2] // p, x.shape[-1] // p))
+    return backbone.get_last_selfattention(x, queries=1)[0, :, 0, 1:].unflatten(1, (x.shape[-2] // p, x.shape[-1] // p))
 
 
 def draw_attention(args) -> None:
@@ -533,6 +534,9 @@ def draw_attention(args) -> None:
             x, p = image[None].to(device) / 255, backbone.patch_size  # (1, 3, H, W)
             if args.img_size:
                 x = tv.resize(x, [args.img_size], antialias=True)
+            elif x.shape[2] * x.shape[3] > MOST_TOKENS * p * p:
+                x = tv.resize(x, [int(min(x.shape[2:]) * (MOST_TOKENS * p * p / (x.shape[2] * x.shape[3])) ** 0.5)], antialias=True)
+                log(f"{x.shape[3]} x {x.shape[2]} pixels of it are enough for {MOST_TOKENS} tokens: --img_size sets another size")
             x = x[:, :, : x.shape[2] // p * p, : x.shape[3] // p * p]
             if not x.numel():
                 raise InputError(f"an image of {tuple(image.shape[1:])} pixels is smaller than a patch of {p}: pass --img_size")
@@ -551,7 +555,7 @@ def draw_attention(args) -> None:
             axis.imshow(picture)
             axis.set_title(title, fontsize=7)
     path = Path(args.output_dir) / "attention.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path, dpi=100)
     log(f"wrote {path}")
 

@@ -38,6 +38,7 @@ Measured, accuracy of a linear probe in per cent: the first command (seed 0, one
     classifier of Eq. 4     trained                      stays at its random start   trained
     tau of LPKD             0.5                          not applied                 0.5; --tau 1 as released
     most confident anchors  "the teacher's"              -                           of a probe: an autoencoder has no classes
+    momentum of SGD, colour 0.9 "during distillation"    -                           the same: a teacher has none
     fixed anchors           one set for the whole run    -                           embedded anew by the student at each step
     accuracy, Tables 3, 4   "test accuracy"              -                           of the trained classifier; --metric probe
 """
@@ -58,15 +59,16 @@ from torchvision.models.resnet import BasicBlock
 from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser, ResNet, Run, View, ViewLoader, add_arguments,
                     apply_recipe, autocast, backbone_weights, barrier, check_limits, cosine_schedule, create_backbone,
                     distributed, draw, eval_batches, extract_features, fp32, gather, knn_accuracy, load_data, load_weights,
-                    local_rows, log, non_negative, parameter_groups, rank, read_checkpoint, run, setup, subplots, world_size)
+                    local_rows, log, meta_of, non_negative, parameter_groups, rank, read_checkpoint, run, setup, start_from,
+                    subplots, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 # --lr is for a batch of 256: 0.2 is the paper's 0.1 at its batch of 128. Constant, without decay, as in the paper.
 SGD = dict(batch_size=128, lr=0.2, momentum=0.9, warmup_epochs=0, weight_decay=0.0, pretrained=False, images=0, patch_size=4)
-GREY = dict(teacher_arch="ae64", arch="ae32", labels=False, metric="probe", mean=(0.5,) * 3, std=(0.5,) * 3,
+GREY = dict(teacher_arch="ae64", arch="ae32", teacher_momentum=0.9, labels=False, metric="probe", mean=(0.5,) * 3, std=(0.5,) * 3,
             view=dict(scale=(1, 1), flip=0.0))  # Sec. 5.1: pixels in [-1, 1], no augmentation
-COLOUR = dict(labels=True, metric="head", mean=MEAN, std=STD, validation=0.0)
+COLOUR = dict(teacher_momentum=0.0, labels=True, metric="head", mean=MEAN, std=STD, validation=0.0)  # Sec. 5.2: 0.9 to distil
 RECIPES = {
     "digits": dict(**SGD, **GREY, img_size=8, epochs=100, validation=0.0),  # epochs found by trial
     "mnist": dict(**SGD, **GREY, img_size=28, epochs=20, validation=0.1),  # Sec. 5.1
@@ -108,7 +110,7 @@ TABLES = {
             settings=dict(teacher_arch="resnet34", arch="resnet18", labels=True, metric="head"),
             columns={"cars": ([78.60, 72.63, 70.47, 76.79], {}), "pets": ([90.52, 77.19, 73.81, 81.22], {}),
                      "flowers102": ([85.76, 80.50, 77.27, 84.62], dict(epochs=50))},
-            rows=[("teacher", "teacher", dict(loss="none", arch="resnet34")), *RIVALS]),
+            rows=[("teacher", "teacher", dict(loss="none", arch="resnet34", momentum=0.0)), *RIVALS]),
     5: dict(title="anchors, self-supervised MNIST, linear probe", settings=AE,
             columns={"mnist": ([87.99, 81.42, 80.21, 80.59, 80.52], {})}, rows=[
         ("teacher (AE-64)", "ae64", TEACHER), ("in-batch, 128", "ae32-rrkd", dict(loss="rrkd")),
@@ -282,15 +284,17 @@ class Teacher(nn.Module):
     def __init__(self, path, args):
         super().__init__()
         content = read_checkpoint(path)
-        meta = content["meta"] if isinstance(content.get("meta"), dict) and "backbone" in content["meta"] else {}
+        meta = meta_of(content)
         options = meta.get("backbone") or dict(arch=args.teacher_arch, img_size=args.img_size, patch_size=args.patch_size)
+        if options["arch"] in MLPS and options["img_size"] != args.img_size:
+            raise InputError(f"{path} takes images of {options['img_size']} pixels and no others: leave --img_size out")
         self.backbone = make_backbone(**options)
         load_weights(self.backbone, backbone_weights(content), path)
         weights = content.get("student", {}) if meta.get("method") == "rrkd" else {}
         weights = {name.removeprefix("classifier."): w for name, w in weights.items() if name.startswith("classifier.")}
-        self.classifier = None
+        self.classifier, self.classes = None, len(list(weights.values())[-1]) if weights else 0
         if weights:
-            self.classifier = make_classifier(options["arch"], self.backbone.embed_dim, len(list(weights.values())[-1]))
+            self.classifier = make_classifier(options["arch"], self.backbone.embed_dim, self.classes)
             self.classifier.load_state_dict(weights)
         self.mean, self.std = (meta.get(key, getattr(self.backbone, key, getattr(args, key))) for key in ("mean", "std"))
         self.eval().requires_grad_(False)
@@ -306,7 +310,7 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
     backbone = make_backbone(**options, pretrained=args.pretrained and not args.init)
     if args.init:
-        load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
+        start_from(backbone, args.init)
     D, alone = backbone.embed_dim, args.loss == "none"
     decode = alone and args.arch.startswith("ae")
     classify = not decode if alone else args.labels or args.loss == "kd"
@@ -314,9 +318,11 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
         raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels --no-baseline --teacher FILE")
     if args.anchors in ("class", "confident") and not classes:
         raise InputError(f"--anchors {args.anchors} needs labels, and {args.data} has none: use batch or random")
-    if not alone and teacher.classifier is None and (args.loss == "kd" or args.loss == "lpkd" and args.labels):
-        raise InputError(f"--loss {args.loss} needs the teacher's logits, and this teacher has no classifier: "
-                         f"train one here, or for lpkd pass --no-labels")
+    if args.anchors == "confident" and classes < 2:
+        raise InputError(f"--anchors confident needs labels of two classes, and {args.data} has one: use random")
+    if not alone and teacher.classes != classes and (args.loss == "kd" or args.loss == "lpkd" and args.labels):
+        raise InputError(f"--loss {args.loss} needs the teacher's logits of {classes} classes, and this teacher has "
+                         f"{teacher.classes or 'no classifier'}: train one here, or for lpkd pass --no-labels")
     student = Student(backbone, make_classifier(args.arch, D, classes) if classify else None,
                       MLP([D, *MLPS[args.arch][-2::-1], args.img_size**2], head=True) if decode else None,
                       nn.Linear(D, teacher.backbone.embed_dim) if args.loss == "feature" else None)
@@ -332,10 +338,12 @@ def labelled(data: ImageData) -> ImageData:
     return data if (data.labels >= 0).all() else data.subset((data.labels >= 0).nonzero()[:, 0])
 
 
-def prepare(args) -> tuple[ImageData, ImageData | None, ImageData | None]:
+def prepare(args, name=None) -> tuple[ImageData, ImageData | None, ImageData | None]:
     """Fills `args` from the recipe -> training images, those of the k-NN monitor (validation, if any, else test), test images."""
+    check_limits(args, LIMITS)
     train_data, test_data = load_data(args.data, args.data_path)
-    apply_recipe(args, {name: {**recipe, **(QUICK[name] if args.quick else {})} for name, recipe in RECIPES.items()}, train_data)
+    recipes = {data: {**recipe, **(QUICK[data] if args.quick else {})} for data, recipe in RECIPES.items()}
+    apply_recipe(args, recipes, train_data, name)
 
     def spaced(data):  # evenly over the data set, which may be sorted by class
         few = min(args.images or len(data), len(data))
@@ -361,9 +369,11 @@ def linear_probe(embed, backbone: nn.Module, data: ImageData) -> tuple[LogisticR
 
 
 def accuracy(embed, network, train_data: ImageData, test_data: ImageData | None, metric: str) -> dict:
-    """-> test accuracy in per cent (None without labels), of the network's own classifier (`head`) or of a linear probe."""
-    metric = "probe" if network.classifier is None else metric
-    if test_data is None or not (train_data.labelled and test_data.labelled):
+    """-> test accuracy in per cent, of the network's own classifier (`head`), if it is one of these classes, or of a linear
+    probe; None without labels of two classes."""
+    own = network.classifier is not None and len(list(network.classifier.parameters())[-1]) == len(train_data.classes)
+    metric = metric if own else "probe"
+    if test_data is None or not test_data.labelled or len(labelled(train_data).labels.unique()) < 2:
         return dict(accuracy=None, metric=metric)
     z, = embed(network.backbone, test_data)  # (N, D)
     if metric == "head":
@@ -442,9 +452,7 @@ def fit(args, data, teacher_file=None) -> dict:
         maps = {name: relation_map(embed, x.backbone, shown) for name, x in (("teacher", teacher), ("untrained", student))}
         untrained, collapsed = (rrkd_loss(v, maps["teacher"]) for v in (maps["untrained"], torch.ones_like(maps["teacher"])))
         log(f"chance level of loss_rrkd: {untrained:.3f} untrained, {collapsed:.3f} with all images in one point")
-    if job.checkpoint:
-        for name, part in dict(student=student, optimizer=optimizer, scaler=scaler).items():
-            part.load_state_dict(job.checkpoint[name])
+    job.restore(student=student, optimizer=optimizer, scaler=scaler)
 
     lr = cosine_schedule(peak_lr, peak_lr, total, warmup=int(args.warmup_epochs * loader.steps_per_epoch))  # constant
     lambda_d = args.lambda_d if args.lambda_d is not None else 1.5 if args.loss == "lpkd" else 1.0  # Sec. 4 and 5.2
@@ -539,9 +547,14 @@ def variant(args, **changes) -> argparse.Namespace:
 
 def train(args) -> None:
     """One distillation: the teacher, unless a file holds it, a baseline without distillation, and the student."""
-    check_limits(args, LIMITS)
     device = setup(args)
+    if args.teacher:
+        args.img_size = args.img_size or meta_of(read_checkpoint(args.teacher)).get("backbone", {}).get("img_size")
     data, folder = prepare(args), Path(args.output_dir)
+    if not args.teacher and args.teacher_arch.startswith("ae") and (args.loss == "kd" or args.loss == "lpkd" and args.labels):
+        raise InputError(f"--loss {args.loss} needs the logits of a classifier, and --teacher_arch {args.teacher_arch} is an "
+                         f"autoencoder: pass mlp1200, say, or for lpkd --no-labels")
+    make_backbone(args.arch, args.img_size, args.patch_size)  # one that cannot be made is found before a teacher is trained
     alone = dict(loss="none", anchors="batch")
     if args.loss == "none":
         results = {"student": fit(args, data)}
@@ -552,13 +565,13 @@ def train(args) -> None:
             score = accuracy(embedder(args, teacher.mean, teacher.std), teacher, data[0], data[2], args.metric)
             results["teacher"] = dict(**score, parameters=sum(p.numel() for p in teacher.backbone.parameters()))
         else:
-            results["teacher"] = fit(variant(args, **alone, arch=args.teacher_arch, init=None, max_steps=None,
-                                             output_dir=str(folder / "teacher")), data)
+            results["teacher"] = fit(variant(args, **alone, arch=args.teacher_arch, momentum=args.teacher_momentum, init=None,
+                                             max_steps=None, output_dir=str(folder / "teacher")), data)
         if args.baseline:
             results["baseline"] = fit(variant(args, **alone, output_dir=str(folder / "baseline")), data)
         results["student"] = fit(args, data, teacher_file)
     for name, result in results.items():
-        score = "none: no labels to test with" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
+        score = "none: no labels of two classes to test with" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
         log(f"{name:10}{result['parameters']:>12,} parameters   {result['metric']} accuracy {score}")
 
 
@@ -577,13 +590,14 @@ def table(args) -> None:
         settings = {**spec["settings"], **({} if args.quick else settings)}
         base = variant(args, **{**settings, **given, "data": column, "resume": not args.overwrite,
                                 "table": None, "seeds": None})
-        data = prepare(base)
-        if data[2] is None or not data[2].labelled:
-            raise InputError(f"{column} has no test images with labels: a table needs train/ and val/ of class folders")
+        data = prepare(base, Path(column).name if Path(column).name in spec["columns"] else None)
+        if data[2] is None or not data[2].labelled or len(data[0].classes) < 2:
+            raise InputError(f"{column} has no test images with labels: a table needs train/ and val/ of two class folders or more")
         results = {name: [] for name, _, _ in spec["rows"]}
         for seed in seeds:
             for i, (name, folder, changes) in enumerate(spec["rows"]):
                 row = variant(base, seed=seed, **changes, output_dir=str(runs / place / folder / str(seed)))
+                row.anchors = row.anchors if row.loss == "rrkd" else "batch"
                 teacher_file = row.output_dir + "/checkpoint.pth" if i == 0 else teacher_file
                 results[name].append(fit(row, data, teacher_file if row.loss != "none" else None))
                 log(f"{column}, {name}, seed {seed}: {results[name][-1]['accuracy']:.2f} %")

@@ -48,10 +48,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (MEAN, STD, BatchNorm, ImageData, InputError, Parser, Run, ViewLoader, add_arguments, apply_recipe, autocast,
-                    backbone_weights, byol_views, check_limits, cosine_schedule, create_backbone, distributed, ema_update,
-                    extract_features, fp32, gather, knn_accuracy, load_backbone, load_data, load_weights, local_rows, log,
-                    parameter_groups, read_checkpoint, run, setup, subplots)
+from common import (MEAN, STD, VITS, BatchNorm, ImageData, InputError, Parser, Run, ViewLoader, add_arguments, apply_recipe,
+                    autocast, byol_views, check_limits, cosine_schedule, create_backbone, distributed, ema_update,
+                    extract_features, fp32, gather, knn_accuracy, load_backbone, load_data, local_rows, log, make_folder,
+                    parameter_groups, run, setup, start_from, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -71,7 +71,7 @@ RECIPES = {
                      momentum=0.996, hidden=4096, isd_hidden=2048, views=dict(scale=(0.08, 1.0))),
 }
 
-LIMITS = {"tau": (1e-6, 1e3), "alpha": (0, 1e3), "beta": (0, 1e3), "isd_hidden": (1, 1e6), "num_heads": (1, 1e3)}
+LIMITS = {"tau": (1e-6, 1e3), "alpha": (0, 1e3), "beta": (0, 1e3), "isd_hidden": (1, 1e6)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -100,7 +100,10 @@ def regression_loss(q: Tensor, z: Tensor) -> Tensor:
 
 
 def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
-    """SimCLR's loss over the 2N rows of two views (N, D), a row's similarity with itself left out; no factor 2 * tau."""
+    """SimCLR's loss over the 2N rows of two views (N, D), a row's similarity with itself left out; no factor 2 * tau.
+
+    What `sdssl_losses` makes of "simclr" where there is one process and one layer.
+    """
     z = torch.cat([z1, z2])  # (2N, D)
     rows = torch.arange(len(z), device=z.device)
     return info_nce(z, z, tau, labels=rows.roll(len(z1)), own=rows) / (2 * tau)  # Eq. 2
@@ -192,7 +195,8 @@ class Student(nn.Module):
         self.lower = [l for l in range(len(dims) - 1) if (l + 1) % isd_every == 0] if sd else []
         lower_dims = [dims[l] for l in self.lower]
         if sd and not self.lower:
-            raise InputError(f"--isd_every {isd_every} leaves none of the {len(dims)} layers to distil to")
+            raise InputError(f"--isd_every {isd_every} leaves none of the {len(dims)} layers to distil to: lower it, "
+                             f"or pass --no-sd, or an --arch with layers such as vit_small or resnet50")
         if lower_dims and isd_mlp == 0 and framework == "simclr":
             raise InputError("--isd_mlp 0 needs predictors, to bring [CLS] to the teacher's width: not for --framework simclr")
         norm = framework != "byol"  # BatchNorm on the outputs
@@ -240,9 +244,13 @@ def build(args) -> tuple[Student, Teacher | None, dict]:
                    pos_embed="sincos")
     backbone = create_backbone(**options)
     if args.init:
-        load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
-    if hasattr(backbone, "patch_embed"):
-        backbone.patch_embed.requires_grad_(not args.stop_grad_conv1)
+        start_from(backbone, args.init)
+    if args.num_heads and args.arch not in VITS:
+        raise InputError(f"--num_heads is for ViTs of {' '.join(VITS)}, not for --arch {args.arch}")
+    patch_embed = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
+    if patch_embed is not None:
+        patch_embed.requires_grad_(not args.stop_grad_conv1)
+    if hasattr(backbone, "mask_token"):
         backbone.mask_token.requires_grad_(False)  # no masks in this method
     student = Student(backbone, args.framework, args.sd, args.isd_every, args.isd_mlp, args.hidden, args.isd_hidden)
     teacher = Teacher(student) if args.framework != "simclr" else None
@@ -275,10 +283,7 @@ def train(args) -> None:
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
-    if job.checkpoint:
-        for name, part in dict(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler).items():
-            if part:
-                part.load_state_dict(job.checkpoint[name])
+    job.restore(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     peak_lr = args.lr * args.batch_size / 256
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int(args.warmup_epochs * steps_per_epoch))
@@ -370,10 +375,14 @@ MEASURES = ("-uniformity", "alignment", "-uniformity / alignment", "negative ali
 @torch.no_grad()
 def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, device, images: int = 1000) -> dict:
     """Per layer: features of whole images, CKA with every layer, and the values of Figs. 7 and 8 from two views of each image."""
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images]
-    whole = extract_features(backbone, data, meta["img_size"], device, layers=True, rows=rows)  # L of (N, D)
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    ten = rows[data.labels[rows] < 10][:images]  # of ten classes, or without labels: for t-SNE
+    rows = rows[:images]
+    options = dict(size=meta["img_size"], device=device, layers=True, mean=meta["mean"], std=meta["std"])
+    whole = extract_features(backbone, data, rows=rows, **options)  # L of (N, D)
+    few = whole if torch.equal(ten, rows) else extract_features(backbone, data, rows=ten, **options)  # L of (n, D)
     batch = min(100, len(rows))
-    loader = ViewLoader(data, views, batch, 0, device)
+    loader = ViewLoader(data, views, batch, 0, device, mean=meta["mean"], std=meta["std"])
     pairs = [(backbone(x1, layers=True), backbone(x2, layers=True)) for _, (x1, x2), _ in loader.steps(0, len(rows) // batch)]
     first, second = ([torch.cat(layer).float().cpu() for layer in zip(*view, strict=True)] for view in zip(*pairs, strict=True))
     table = []
@@ -381,7 +390,7 @@ def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, devi
         u, a, n = uniformity(x).item(), alignment(x, y).item(), negative_alignment(x).item()
         table.append((-u, a, -u / a, n, n / a))  # as MEASURES
     cka = [[linear_cka(x.double(), y.double()).item() for y in whole] for x in whole]  # (L, L)
-    return dict(features=whole, labels=data.labels[rows], cka=cka, table=table)
+    return dict(few=few, labels=data.labels[ten], cka=cka, table=table)
 
 
 def analyze(args) -> None:
@@ -389,12 +398,13 @@ def analyze(args) -> None:
     from sklearn.manifold import TSNE
 
     device = setup(args)
+    given = args.arch, args.patch_size, args.img_size  # for files that do not say
     train_data, test_data = load_data(args.data, args.data_path)
     recipe, folder = apply_recipe(args, RECIPES, train_data), Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     names, results = [], []
     for path in args.analyze:
-        backbone, meta = load_backbone(path)
+        backbone, meta = load_backbone(path, *given, num_heads=args.num_heads)
         views = byol_views(meta["img_size"], **recipe["views"])
         names.append(f"{len(names) + 1}: {Path(path).parent.name}")
         results.append(measure_layers(backbone.to(device), test_data or train_data, views, meta, device))
@@ -421,14 +431,16 @@ def analyze(args) -> None:
     figure.colorbar(image, ax=axes[0].tolist(), label="CKA")
     save(figure, "cka.png")
 
-    shown = {i: sorted({round(l) for l in torch.linspace(0, len(r["features"]) - 1, 6).tolist()}) for i, r in enumerate(results)}
+    shown = {i: sorted({round(l) for l in torch.linspace(0, len(r["few"]) - 1, 6).tolist()}) for i, r in enumerate(results)}
     figure, axes = subplots(len(results), max(map(len, shown.values())), 2, 2)  # Fig. 5
     for i, result in enumerate(results):
-        few = result["labels"] < 10  # ten classes
+        if len(result["labels"]) < 8:
+            log(f"{names[i]}: too few images of the first ten classes for t-SNE")
+            continue
         for axis, l in zip(axes[i], shown[i], strict=False):
-            tsne = TSNE(init="pca", perplexity=min(30, int(few.sum()) // 4), random_state=0)
-            points = tsne.fit_transform(result["features"][l][few].numpy())  # (n, 2)
-            axis.scatter(*points.T, c=result["labels"][few], cmap="tab10", s=3)
+            tsne = TSNE(init="pca", perplexity=min(30, len(result["labels"]) // 4), random_state=0)
+            points = tsne.fit_transform(result["few"][l].numpy())  # (n, 2)
+            axis.scatter(*points.T, c=result["labels"], cmap="tab10", s=3)
             axis.set(title=f"{names[i]}, layer {l + 1}", xticks=[], yticks=[])
             axis.title.set_fontsize(7)
     save(figure, "tsne.png")

@@ -50,8 +50,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (MEAN, STD, BatchNorm, InputError, Parser, Run, ViewLoader, add_arguments, apply_recipe, autocast,
-                    backbone_weights, byol_views, cosine_schedule, create_backbone, distributed, ema_update, fp32, knn_accuracy,
-                    load_data, load_weights, log, non_negative, parameter_groups, read_checkpoint, run, setup)
+                    byol_views, cosine_schedule, create_backbone, distributed, ema_update, fp32, knn_accuracy, load_data,
+                    load_weights, log, meta_of, non_negative, parameter_groups, read_checkpoint, run, setup, start_from)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -160,7 +160,7 @@ class LocalBatchNorm(BatchNorm):
 def load_teacher(path: str) -> tuple[dict[str, Encoder], dict]:
     """T and T^ of a checkpoint of `--stage teacher` (or online), frozen in evaluation mode, and T's backbone options."""
     checkpoint = read_checkpoint(path)
-    if checkpoint.get("meta", {}).get("method") != "simdis" or not {"teacher", "teacher_momentum"} <= checkpoint.keys():
+    if meta_of(checkpoint).get("method") != "simdis" or not {"teacher", "teacher_momentum"} <= checkpoint.keys():
         raise InputError(f"{path} holds no teacher of simdis.py: make one with --stage teacher")
     options, networks = checkpoint["meta"]["teacher"], {}
     for name in ("teacher", "teacher_momentum"):
@@ -189,7 +189,7 @@ def build(args) -> tuple[dict[str, Encoder], dict]:
         meta[name] = {**options, **own}
         backbone = create_backbone(**meta[name])
         if args.init and name == kept:
-            load_weights(backbone, backbone_weights(read_checkpoint(args.init)), args.init)
+            start_from(backbone, args.init)
         if hasattr(backbone, "mask_token"):
             backbone.mask_token.requires_grad_(False)  # no masks in this method
         networks[name] = Learner(backbone, targets, args.hidden)
@@ -285,9 +285,7 @@ def train(args) -> None:
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
-    if job.checkpoint:
-        for name, part in dict(networks, optimizer=optimizer, scaler=scaler).items():
-            part.load_state_dict(job.checkpoint[name])
+    job.restore(**networks, optimizer=optimizer, scaler=scaler)
 
     peak_lr = args.lr * args.batch_size / 256
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int(args.warmup_epochs * steps_per_epoch))

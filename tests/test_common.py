@@ -328,12 +328,24 @@ def test_crop_boxes_have_torchvisions_distribution():
     assert 0.5 < (ours[:, 2] * ours[:, 3]).mean() / 64**2 < 0.6  # uniform in (0.2, 1), less what does not fit
 
 
-def test_crop_boxes_fall_back_to_the_whole_image():
-    """Where no aspect in range has the area, and for sizes that differ by image."""
+def test_crop_boxes_fall_back_to_the_middle():
+    """Where no aspect in range has the area, and for sizes that differ by image: the box of torchvision."""
     u = common.draw(0, 0, 0, 6, common.DRAWS)
-    boxes = common.crop_boxes(u, torch.tensor([10, 200, 10, 1, 64, 64]), torch.tensor([200, 10, 300, 90, 64, 64]), (0.9, 1.0))
-    assert boxes[:4].tolist() == [[0, 0, 10, 200], [0, 0, 200, 10], [0, 0, 10, 300], [0, 0, 1, 90]]
+    height, width = torch.tensor([10, 200, 10, 1, 64, 64]), torch.tensor([200, 10, 300, 90, 64, 64])
+    boxes = common.crop_boxes(u, height, width, (0.9, 1.0))
+    theirs = [torchvision.transforms.RandomResizedCrop.get_params(torch.zeros(3, h, w), [0.9, 1.0], [3 / 4, 4 / 3])
+              for h, w in zip(height[:4].tolist(), width[:4].tolist(), strict=True)]
+    assert boxes[:4].tolist() == [list(box) for box in theirs]
     assert (boxes[4:, 2:].prod(1) > 0.85 * 64**2).all()
+
+
+def test_views_share_no_memory():
+    """A view that keeps the image whole has a tensor of its own, which another view's augmentation does not touch."""
+    data = memory_data(4)
+    plain = View(20, scale=(1, 1), flip=0)
+    (_, (x1, x2), index), = ViewLoader(data, [View(20, scale=(1, 1), flip=0, solarize=1.0), plain], 4, 0, CPU).steps(0, 1)
+    torch.testing.assert_close(x2, common.normalize(data.images[index].float() / 255))
+    assert not torch.equal(x1, x2)
 
 
 # the last ten of a view's numbers, in the order in which `augment` reads them
@@ -675,6 +687,8 @@ def test_unlabelled_folders(tmp_path):
     write_images(tmp_path / "nested" / "c", [9])
     (tmp_path / "nested" / "c" / "000.png").rename(tmp_path / "nested" / "c" / "SHOUTED.PNG")
     (tmp_path / "nested" / "a" / ".hidden.png").write_bytes(b"no image")
+    write_images(tmp_path / "nested" / "a" / ".ipynb_checkpoints", [9])
+    (tmp_path / "nested" / "a" / "round").symlink_to("..")
     (tmp_path / "nested" / "notes.txt").write_text("no image")
     for name, n in (("flat", 2), ("nested", 3)):
         data, test = common.load_data(str(tmp_path / name))
@@ -751,6 +765,9 @@ def test_read_image_names_what_it_cannot_read(tmp_path):
         with pytest.raises(InputError, match=re.escape(name)) as caught:
             common.read_image(tmp_path / name)
         assert "\n" not in str(caught.value)
+    Image.fromarray(np.random.default_rng(0).random((9, 9), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match="float.tif.*floating-point"):
+        common.read_image(tmp_path / "float.tif")
 
 
 def test_mnist():
@@ -1166,7 +1183,7 @@ def test_the_advice_for_pickled_checkpoints_works(tmp_path):
     """The command that the error prints makes a file that loads."""
     import argparse
 
-    torch.save({"teacher": {"a": torch.ones(3)}, "args": argparse.Namespace(lr=1)}, tmp_path / "foreign.pth")
+    torch.save({"teacher": {"a": torch.ones(3)}, "args": argparse.Namespace(lr=1), "best": np.float64(3)}, tmp_path / "foreign.pth")
     with pytest.raises(InputError) as caught:
         common.read_checkpoint(tmp_path / "foreign.pth")
     code = re.search(r'python -c "(.*)"', str(caught.value)).group(1)
@@ -1245,7 +1262,8 @@ def test_load_weights_errors():
     patches = common.vit_nano(img_size=16, patch_size=8).state_dict()
     for weights, pattern in ((without, r"blocks\.1\.attn\.qkv\.weight"), ({**S, "extra": torch.ones(1)}, "extra"), (wide, "192"),
                              (patches, r"patch_embed.*--patch_size"), ({}, "missing"), ({"fc1": torch.ones(1)}, "--arch"),
-                             ({**S, "norm.weight": torch.ones(5)}, r"norm\.weight")):
+                             ({**S, "norm.weight": torch.ones(5)}, r"norm\.weight"), ({**S, "norm.weight": [1.0] * 96}, "no tensor"),
+                             ({**S, "pos_embed": torch.ones(3)}, "pos_embed is no tensor of 3 dimensions")):
         model = common.vit_nano(img_size=8, patch_size=4)
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(InputError, match=pattern) as caught:
@@ -1266,6 +1284,36 @@ def test_positions_of_another_grid_load_with_their_grid():
     oblong = {**S, "pos_embed": torch.zeros(1, 1 + 6, 96)}
     with pytest.raises(InputError, match="pos_embed"):
         common.load_weights(common.vit_nano(img_size=8, patch_size=4), oblong, "oblong")
+
+
+def test_init_resizes_positions_to_the_grid_that_was_built(tmp_path):
+    """Weights of 16-pixel images in a model for 8: its own grid, positions as the source has them there; MoCo v3's heads."""
+    source = perturbed(common.vit_nano(img_size=16, patch_size=4), size=0.3)
+    common.save_file(source.state_dict(), tmp_path / "source.pth")
+    model = common.vit_nano(img_size=8, patch_size=4).eval()
+    common.start_from(model, str(tmp_path / "source.pth"))
+    x = noise_images(2, 3, 8, 8)
+    assert model.grid == (2, 2) and model.pos_embed.shape == (1, 5, 96)
+    torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-4)
+    moco = common.vit_small(img_size=8, patch_size=4, depth=1, num_heads=12)
+    common.save_file({"state_dict": under("module.base_encoder.", moco.state_dict())}, tmp_path / "moco.pth")
+    with pytest.raises(InputError, match="12 heads and not 6"):
+        common.start_from(common.vit_small(img_size=8, patch_size=4, depth=1), str(tmp_path / "moco.pth"))
+
+
+def test_vit_small_of_moco_v3_has_12_heads(tmp_path):
+    """Its shapes are those of 6 heads, so nothing but the keys can tell; other files say it by --num_heads."""
+    timm = pytest.importorskip("timm")
+    theirs = perturbed(timm.create_model("vit_small_patch16_224", img_size=32, num_heads=12, num_classes=0))
+    x = noise_images(2, 3, 32, 32)
+    common.save_file({"state_dict": under("module.base_encoder.", theirs.state_dict())}, tmp_path / "moco.pth")
+    common.save_file(theirs.state_dict(), tmp_path / "bare.pth")
+    for name, heads in (("moco", None), ("moco", 12), ("bare", 12)):
+        backbone, meta = common.load_backbone(str(tmp_path / f"{name}.pth"), "vit_small", 16, 32, num_heads=heads)
+        torch.testing.assert_close(backbone(x), theirs(x), rtol=1e-4, atol=1e-4)
+        assert meta["backbone"]["num_heads"] == 12
+    backbone, _ = common.load_backbone(str(tmp_path / "bare.pth"), "vit_small", 16, 32)
+    assert (backbone(x) - theirs(x)).abs().max() > 1e-3
 
 
 def test_load_backbone_round_trip(tmp_path):
@@ -1304,6 +1352,10 @@ def test_load_backbone_of_foreign_files(tmp_path):
     torch.save({"meta": {"epoch": 3}, "state_dict": S}, tmp_path / "foreign.pth")
     backbone, _ = common.load_backbone(str(tmp_path / "foreign.pth"), "vit_nano", patch_size=4, img_size=8)
     assert torch.equal(backbone.norm.weight, S["norm.weight"])
+    for meta in (None, "a word", [1]):
+        torch.save({"meta": meta, "state_dict": S}, tmp_path / "meta.pth")
+        backbone, _ = common.load_backbone(str(tmp_path / "meta.pth"), "vit_nano", patch_size=4, img_size=8)
+        assert torch.equal(backbone.norm.weight, S["norm.weight"])
     torch.save({0: torch.ones(1), 1: torch.ones(1)}, tmp_path / "numbers.pth")
     with pytest.raises(InputError, match="numbers.pth"):
         common.load_backbone(str(tmp_path / "numbers.pth"), "vit_nano", patch_size=4, img_size=8)
@@ -1329,6 +1381,47 @@ def test_load_backbone_of_timm():
         assert torch.equal(backbone(x), other(x))
     with pytest.raises(InputError, match="vit_nothing"):
         common.create_backbone("timm/vit_nothing")
+
+
+def test_any_timm_model_or_one_line(tmp_path):
+    """Widths are those of the output, sizes that a model cannot take are named, and so are layers that it does not have."""
+    pytest.importorskip("timm")
+    for name, size in (("mobilenetv3_small_050", 32), ("resnet10t", 32), ("vit_relpos_small_patch16_224", 32), ("test_vit2", 32)):
+        backbone = common.create_backbone(f"timm/{name}", img_size=size).eval()
+        x = noise_images(1, 3, size, size)
+        assert backbone(x).shape == (1, backbone.embed_dim)
+        with pytest.raises(InputError, match=r"only where its own output is \[CLS\]"):
+            backbone(x, layers=True)
+    for name, size in (("vit_tiny_patch16_224", 20), ("convnext_atto", 8), ("test_vit", 33)):
+        with pytest.raises(InputError, match=f"cannot make timm/{name} for images of {size} pixels"):
+            common.create_backbone(f"timm/{name}", img_size=size)
+    backbone = common.create_backbone("timm/vit_medium_patch16_gap_256", img_size=32)  # no [CLS]
+    with pytest.raises(InputError, match=r"ViTs with \[CLS\] only"):
+        common.token_layers(backbone, noise_images(1, 3, 32, 32), layers=False)
+
+
+def timm_norms(rank, world):
+    """Outputs and gradients of a part of four images, for timm's two kinds of BatchNorm."""
+    found = []
+    for name in ("resnet10t", "mobilenetv3_small_050"):
+        torch.manual_seed(0)
+        network = common.create_backbone(f"timm/{name}", img_size=32).double()
+        x = noise_images(4, 3, 32, 32).double()
+        model = common.distributed(network)
+        y = model(x[4 // world * rank :][: 4 // world])
+        (world * y.square().sum()).backward()
+        state = {key: value for key, value in network.state_dict().items() if "running" in key}
+        found += [common.gather(y.detach()), torch.cat([p.grad.flatten() for p in network.parameters()]), *state.values()]
+    return found
+
+
+def test_batchnorm_of_timm_spans_the_processes(in_processes):
+    """P1 for timm's networks: the outputs, gradients and running statistics of two processes are those of one."""
+    pytest.importorskip("timm")
+    one = timm_norms(0, 1)
+    for other in in_processes(2, timm_norms, 2):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------------- monitors
@@ -1458,15 +1551,78 @@ def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, tmp_path, 
         assert_one_line_error(finished(capsys, main), *says)
 
     limits = {name: common.LIMITS[name] for name in common.LIMITS.keys() & vars(method.parse_arguments([])).keys()}
-    assert limits.keys() >= common.LIMITS.keys() - {"momentum", "hidden"}
+    assert limits.keys() >= common.LIMITS.keys() - {"momentum", "hidden", "num_heads"}
     for name, (least, _) in limits.items():
         check(f"--{name}", least - 1, "--output_dir", tmp_path / "run", says=[f"--{name} must be between {least:g} and"])
     for name in ("lr", "warmup_epochs", "weight_decay"):
         check(f"--{name}", "nan", says=[f"--{name} must be between 0 and .*, not nan"])
     check("--nonsense", says=["unrecognized arguments: --nonsense; see --help"])
     check("--lr", "fast", says=["argument --lr: invalid float value: 'fast'"])
-    check("--output_dir", tmp_path / "file", says=["cannot make --output_dir .*file", "File exists|Not a directory"])
+    check("--output_dir", tmp_path / "file", says=["cannot make the folder .*file", "File exists|Not a directory"])
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    """P6: a step can spoil the weights while the losses are finite, at the last step too; exit code 1, nothing written."""
+    import sdssl
+
+    flags = [*METHODS["sdssl.py"], "--warmup_epochs", 0, "--knn_every", 0, "--batch_size", 512, "--device", "cpu", "--output_dir", tmp_path]
+    sdssl.train(sdssl.parse_arguments([*map(str, flags), "--lr", "0", "--max_steps", "1"]))
+    good, original = (tmp_path / "checkpoint.pth").read_bytes(), torch.optim.AdamW.step
+
+    def spoil(self, *arguments, **options):
+        original(self, *arguments, **options)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(math.inf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spoil)
+        with pytest.raises(SystemExit) as stopped:
+            sdssl.train(sdssl.parse_arguments([*map(str, flags), "--lr", "0", "--max_steps", "2", "--resume"]))
+    assert stopped.value.code == 1 and "weights of the student are not finite after step 2" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good
+
+
+def test_a_checkpoint_that_does_not_fit_its_run_is_one_line(tmp_path, capsys):
+    """P7: networks or keys that are missing, no step; and another --dtype goes on, with a gradient scaler or without."""
+    import sdssl
+
+    flags = [*METHODS["sdssl.py"], "--knn_every", 0, "--batch_size", 512, "--device", "cpu", "--output_dir", tmp_path]
+
+    def train(*extra):
+        return finished(capsys, lambda: (sdssl.train(sdssl.parse_arguments([*map(str, [*flags, *extra])])), sys.exit(0)))
+
+    assert train("--max_steps", 1).returncode == 0
+    assert train("--max_steps", 2, "--resume", "--dtype", "fp16").returncode == 0
+    assert train("--max_steps", 3, "--resume", "--dtype", "bf16").returncode == 0
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    short = {name: value for name, value in content["student"].items() if "blocks.0.attn.qkv" not in name}
+    for broken, pattern in (({**content, "student": short}, "its student is not this run's"), ({**content, "args": None}, "no run to resume"),
+                            ({name: value for name, value in content.items() if name != "teacher"}, "its teacher is not this run's")):
+        torch.save(broken, tmp_path / "checkpoint.pth")
+        assert_one_line_error(train("--max_steps", 4, "--resume"), pattern, "another --output_dir")
+
+
+def test_a_signal_to_all_processes_saves_too(image_folder, tmp_path):
+    """P6: torchrun and shells send SIGTERM to the whole group, loaders' workers included; the run still saves and says so."""
+    flags = [*METHODS["sdssl.py"], *ENDLESS, "--data", image_folder, "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8,
+             "--batch_size", 8, "--save_every", 0, "--num_workers", 2, "--output_dir", tmp_path]
+    process = subprocess.Popen([sys.executable, "sdssl.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    wait_until(lambda: process.poll() is not None or (tmp_path / "log.jsonl").exists() and len(losses_of(tmp_path)) > 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "continue with --resume" in output, errors
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == losses_of(tmp_path)[-1]["step"]
+
+
+def test_a_rank_without_torchrun_is_one_line(tmp_path, monkeypatch, capsys):
+    import sdssl
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    flags = ["--device", "cpu", "--output_dir", str(tmp_path)]
+    assert_one_line_error(finished(capsys, lambda: sdssl.train(sdssl.parse_arguments(flags))), "start with torchrun, or unset RANK")
 
 
 def losses_of(folder):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -661,6 +662,11 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
     check(*ours, "--init", "teacher", says=["the teacher has prenorm blocks", "--student prenorm"])
     check(*ours, "--init", "teacher", "--student", "prenorm", "--depth", 5, says=["4 blocks, fewer than the student's 5", "--depth"])
     check("--teacher_arch", "timm/no_such_model", says=["no model 'no_such_model'"])
+    check("--teacher_epochs", 0, says=["--teacher_epochs must be between 1"])
+    for name in ("cait_xxs24_224", "deit_tiny_distilled_patch16_224", "vit_medium_patch16_gap_256"):  # other tokens than [CLS] and patches
+        torch.save(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "timm.pth")
+        check("--teacher", tmp_path / "timm.pth", "--teacher_arch", f"timm/{name}", "--img_size", 224, "--patch_size", 16,
+              says=[f"timm/{name} has no tokens to learn from"])
     torch.save(common.vit_nano(img_size=16, patch_size=4).state_dict(), tmp_path / "bare.pth")
     check("--teacher", tmp_path / "bare.pth", says=["does not say which architecture", "--teacher_arch"])
     check("--teacher", tmp_path / "bare.pth", "--teacher_arch", "vit_tiny", says=["does not fit this architecture"])

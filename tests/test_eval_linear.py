@@ -755,6 +755,34 @@ def test_bad_checkpoints(checkpoints, evaluate, tmp_path):
     assert_one_line_error(evaluate("a"), "--arch")
 
 
+def test_timm_vits_that_pool_otherwise(evaluate, tmp_path, monkeypatch):
+    """timm's own pooling for one layer, tokens where asked for; no layer by [CLS], and no part that fine-tuning cannot reach."""
+    import timm
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: original(name, **options, **dict(global_pool="avg") if name == "test_vit" else {}))
+    flags = ["--arch", "timm/test_vit", "--checkpoint", tmp_path / "avg.pth", "--img_size", 32, "--max_steps", 1, "--batch_size", 8]
+    backbone = common.create_backbone("timm/test_vit", img_size=32)
+    common.save_file(backbone.model.state_dict(), tmp_path / "avg.pth")
+    assert_one_line_error(evaluate("a", *flags, "--layers", "all"), r"only where its own output is \[CLS\]")
+    assert evaluate("b", *flags, "--layers", "all", "--pool", "mean").returncode == 0
+    network = eval_linear.Classifier(backbone, "mean", 10, head_only=False)
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)  # else several processes would stop
+    gap = common.create_backbone("timm/vit_medium_patch16_gap_256", img_size=32)
+    common.save_file(gap.model.state_dict(), tmp_path / "gap.pth")
+    flags = ["--arch", "timm/vit_medium_patch16_gap_256", "--checkpoint", tmp_path / "gap.pth", "--img_size", 32, "--max_steps", 1]
+    assert_one_line_error(evaluate("c", *flags, "--pool", "cls"), "has no tokens")
+    assert evaluate("d", *flags, "--finetune", "all").returncode == 0
+
+
+def test_randaugment_that_pillow_refuses_is_one_line(checkpoints, evaluate):
+    """Without -inc1, small magnitudes ask for images of 0 bits."""
+    result = evaluate("a", "--checkpoint", checkpoints["vit"], "--finetune", "all", "--randaugment", "rand-m2-n15", "--max_steps", 1,
+                      "--num_workers", 0)
+    assert_one_line_error(result, "--randaugment rand-m2-n15", "add -inc1")
+
+
 def test_compare_draws_means_over_seeds(tmp_path, capsys):
     """Folders that differ by their seed are one curve; the table has its mean and standard deviation; one line for mistakes."""
     for name, top1 in (("a-0", [10.0, 20.0]), ("a-1", [14.0, 20.0]), ("b-0", [1.0, 2.0])):
@@ -766,6 +794,17 @@ def test_compare_draws_means_over_seeds(tmp_path, capsys):
     assert (tmp_path / "out" / "multi_exit.png").stat().st_size > 1000
     with pytest.raises(common.InputError, match="no results.json"):
         eval_linear.compare([str(tmp_path / "none")], tmp_path)
+    for content in ("{", "[]", '{"rows": [{"top1": 1.0}]}'):
+        (tmp_path / "b-0" / "results.json").write_text(content)
+        with pytest.raises(common.InputError, match="no results.json of a probe"):
+            eval_linear.compare([str(tmp_path / "b-0")], tmp_path)
+    for place, value in (("x", 50.0), ("y", 80.0)):  # one name in two places: two curves
+        (tmp_path / place / "digits").mkdir(parents=True)
+        (tmp_path / place / "digits" / "results.json").write_text(json.dumps({"rows": [{"test_top1": value}] * 2}))
+    capsys.readouterr()
+    eval_linear.compare([str(tmp_path / place / "digits") for place in "xy"], tmp_path / "out")
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()] == ["1", "1"]
+    (tmp_path / "b-0" / "results.json").write_text(json.dumps({"rows": [{"test_top1": 1.0}, {"test_top1": 2.0}]}))
     (tmp_path / "a-0" / "results.json").write_text(json.dumps({"rows": [{"test_top1": 1.0}]}))
     with pytest.raises(common.InputError, match="same number of layers"):
         eval_linear.compare([str(tmp_path / "a-0"), str(tmp_path / "b-0")], tmp_path)

@@ -865,9 +865,12 @@ def test_attention_equals_the_explicit_softmax():
         row = scores.exp() / scores.exp().sum()
         torch.testing.assert_close(maps[head].flatten(), row[1:])
         torch.testing.assert_close(maps[head].sum() + row[0], torch.tensor(1.0))
+    whole = backbone.get_last_selfattention(x)  # (1, 3, 19, 19)
+    torch.testing.assert_close(whole.sum(-1), torch.ones(1, 3, 19))
+    torch.testing.assert_close(backbone.get_last_selfattention(x, queries=1), whole[:, :, :1])
 
 
-def test_attention_is_drawn_side_by_side(tmp_path, image_folder):
+def test_attention_is_drawn_side_by_side(tmp_path, image_folder, capsys):
     """Two checkpoints, two images of different sizes that are not square, in any order; at their size or another."""
     from PIL import Image
 
@@ -881,3 +884,29 @@ def test_attention_is_drawn_side_by_side(tmp_path, image_folder):
         with Image.open(tmp_path / name / "attention.png") as picture:
             assert picture.size[0] / picture.size[1] == pytest.approx(5 / 4, rel=0.05)  # image, three heads, all; two images for two checkpoints
     ibot_rkd.draw_attention(arguments(tmp_path / "own", "--attention", *files[:2]))
+    (tmp_path / "file").touch()
+    result = run_in_process(capsys, "--attention", *files[:2], "--output_dir", tmp_path / "file")
+    assert_one_line_error(result, "cannot make the folder .*file")
+
+
+def test_attention_of_a_large_image_is_bounded(tmp_path, monkeypatch, capsys):
+    """Only [CLS] asks, and without --img_size an image is shrunk to MOST_TOKENS at most, in its own proportions."""
+    from PIL import Image
+
+    train(tmp_path / "a", "--max_steps", 1)
+    Image.new("RGB", (640, 480), (200, 10, 30)).save(tmp_path / "large.png")
+    seen, original = [], ibot_rkd.attention_maps
+    monkeypatch.setattr(ibot_rkd, "attention_maps", lambda backbone, x: seen.append(x.shape) or original(backbone, x))
+    monkeypatch.setattr(ibot_rkd, "MOST_TOKENS", 1200)
+    for extra in ([], ["--img_size", 24]):
+        ibot_rkd.draw_attention(arguments(tmp_path / "out", "--attention", tmp_path / "a" / "checkpoint.pth", tmp_path / "large.png", *extra))
+    assert seen == [(1, 3, 120, 160), (1, 3, 24, 32)] and "enough for 1200 tokens" in capsys.readouterr().out
+
+
+def test_init_from_weights_of_another_image_size(tmp_path):
+    """Masks and positions are those of the grid that was built; --resume goes on without --init."""
+    train(tmp_path / "a", "--max_steps", 1)
+    flags = ["--img_size", 24]
+    train(tmp_path / "b", *flags, "--init", tmp_path / "a" / "checkpoint.pth", "--max_steps", 2)
+    content = train(tmp_path / "b", *flags, "--resume", "--max_steps", 3)
+    assert content["student"]["backbone.pos_embed"].shape[1] == 1 + 36

@@ -271,7 +271,7 @@ def test_autoencoder_equals_its_layers():
 def test_heads_are_those_that_the_losses_need():
     """No parameter without a gradient: a head only where a loss reads it. Feature regression projects to the teacher's width."""
     class Fake:
-        backbone, classifier = rrkd.make_backbone("ae64", 8), object()
+        backbone, classifier, classes = rrkd.make_backbone("ae64", 8), object(), 10
         mean = std = (0.5, 0.5, 0.5)
 
     def parts(*flags):
@@ -533,10 +533,61 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teachers):
     check(*flat, "--teacher", ae, says=["has no labels", "--no-labels"])
     check(*flat, *alone, "--no-labels", "--anchors", "class", says=["--anchors class needs labels"])
     check(*flat, "--table", 3, says=["no test images with labels", "class folders"])
+    check(*alone, "--img_size", 16, says=["takes images of 8 pixels and no others", "--img_size"])
+    check("--loss", "kd", says=["--teacher_arch ae64 is an autoencoder", "mlp1200"])
+    check("--arch", "timm/vit_tiny_patch16_224", says=["timm/vit_tiny_patch16_224 for images of 8 pixels"])
+    two = ["--data", image_folder, "--batch_size", 8, "--img_size", 8, "--no-baseline", "--teacher", mlp]
+    check(*two, "--loss", "kd", says=["logits of 2 classes, and this teacher has 10"])
+    check("--table", 3, "--tau", 0, says=["--tau must be between"])
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
     with pytest.raises(SystemExit):
         rrkd.parse_arguments(["--loss", "spkd", "--anchors", "random"])
     assert "--anchors is for --loss rrkd" in capsys.readouterr().err
+
+
+def test_a_table_of_a_folder_that_is_a_known_data_set(tmp_path, monkeypatch):
+    """A folder named mnist has MNIST's recipe, as its column has MNIST's numbers; anchors are for the rows of RRKD alone."""
+    from PIL import Image
+
+    for split, number in (("train", 8), ("val", 4)):
+        for label in "01":
+            (tmp_path / "mnist" / split / label).mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(np.full((28, 28), 20 * i, dtype=np.uint8)).save(tmp_path / "mnist" / split / label / f"{i}.png")
+    rows = []
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(rrkd, "fit", lambda row, *arguments: rows.append(row) or dict(accuracy=50.0, parameters=1, minutes=0))
+    rrkd.table(rrkd.parse_arguments(["--table", "1", "--data", str(tmp_path / "mnist"), "--output_dir", str(tmp_path / "out")]))
+    assert {(row.img_size, row.epochs, row.mean, row.view["flip"]) for row in rows} == {(28, 20, (0.5,) * 3, 0.0)}
+    rows.clear()
+    rrkd.table(rrkd.parse_arguments(["--table", "3", "--anchors", "class", "--seeds", "0", "--data", str(tmp_path / "mnist"),
+                                     "--output_dir", str(tmp_path / "out")]))
+    assert {row.loss for row in rows if row.anchors == "class"} == {"rrkd"} < {row.loss for row in rows}
+
+
+def test_what_a_teacher_file_settles(teachers, image_folder, tmp_path, capsys):
+    """Its image size; its classifier tests only data of as many classes; one class alone has no accuracy; momentum."""
+    vit = common.vit_nano(img_size=16, patch_size=8)
+    meta = dict(method="sdssl", network="student", backbone=dict(arch="vit_nano", img_size=16, patch_size=8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    weights = {f"backbone.{name}": w for name, w in vit.state_dict().items()}
+    common.save_file(dict(student=weights, meta=meta), tmp_path / "vit.pth")
+    content = train(tmp_path / "size", "--teacher", tmp_path / "vit.pth", "--no-baseline", "--max_steps", 1)
+    assert content["meta"]["backbone"]["img_size"] == 16
+    capsys.readouterr()
+    two = ["--data", image_folder, "--img_size", 8, "--batch_size", 8, "--no-baseline", "--no-labels", "--metric", "head", "--max_steps", 1]
+    train(tmp_path / "classes", *two, "--teacher", teachers[True][2], "--arch", "mlp32")
+    assert re.search(r"teacher .* probe accuracy \S+ %", capsys.readouterr().out)
+    shutil.copytree(image_folder / "train" / "cat", tmp_path / "one" / "train" / "cat")
+    shutil.copytree(image_folder / "val" / "cat", tmp_path / "one" / "val" / "cat")
+    one = ["--data", tmp_path / "one", *two[2:], "--teacher", teachers[True][2], "--arch", "mlp32"]
+    train(tmp_path / "lonely", *one)
+    assert "none: no labels of two classes" in capsys.readouterr().out
+    assert_one_line_error(run_in_process(capsys, *one, "--anchors", "confident", "--output_dir", tmp_path / "c"), "labels of two classes")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rrkd, "fit", lambda args, *rest: seen.append(args) or dict(accuracy=None, parameters=1, metric="head"))
+        rrkd.train(arguments(tmp_path / "m", "--data", image_folder, "--arch", "resnet9_half", "--img_size", 16, "--batch_size", 8))
+    assert [args.momentum for args in seen] == [0.0, 0.9, 0.9]  # Sec. 5.2: teacher, baseline, student
 
 
 def test_resume_with_other_settings_is_refused(teachers, tmp_path, capsys):

@@ -1,5 +1,4 @@
 """sdssl.py: losses against loops written from the equations, the promises P1-P10 for all six methods, every ablation flag."""
-import copy
 import math
 import os
 import re
@@ -704,3 +703,42 @@ def test_analyze_draws_and_repeats(tmp_path, monkeypatch):
     assert len(cka) == 2 * 16 and all(float(r["cka"]) == pytest.approx(1) for r in cka if r["layer"] == r["other layer"])
     with pytest.raises(common.InputError, match="no checkpoint file"):
         sdssl.analyze(arguments(tmp_path, "--analyze", tmp_path / "none.pth"))
+
+
+def test_analyze_takes_bare_weights_and_few_images(tmp_path, monkeypatch, capsys):
+    """backbone.pth needs --arch and sizes; t-SNE takes images of the first ten classes, and is left out where they are few."""
+    import functools
+
+    from PIL import Image
+
+    monkeypatch.setattr(sdssl, "measure_layers", functools.partial(sdssl.measure_layers, images=40))
+    train(tmp_path / "a", "--max_steps", 1)
+    for split, number in (("train", 2), ("val", 4)):
+        for label in range(12):  # of class 0 to 11: few of the first ten among 40 of 48, all of them in t-SNE
+            (tmp_path / "data" / split / f"{label:02}").mkdir(parents=True)
+            for i in range(number if label > 9 or split == "train" else 0 if label else 3):
+                Image.new("RGB", (16, 16), (20 * label, 30 * i, 0)).save(tmp_path / "data" / split / f"{label:02}" / f"{i}.png")
+    flags = ["--data", tmp_path / "data", "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4]
+    sdssl.analyze(arguments(tmp_path / "out", "--analyze", tmp_path / "a" / "backbone.pth", *flags))
+    assert "too few images of the first ten classes" in capsys.readouterr().out and (tmp_path / "out" / "tsne.png").exists()
+    with pytest.raises(common.InputError, match="does not say which architecture"):
+        sdssl.analyze(arguments(tmp_path / "out", "--analyze", tmp_path / "a" / "backbone.pth", "--data", tmp_path / "data"))
+
+
+def test_timm_vits_keep_the_flags_that_apply(tmp_path):
+    """--stop_grad_conv1 freezes timm's patch projection too; heads are timm's own; layers only where [CLS] is the output."""
+    args = arguments(tmp_path, "--arch", "timm/vit_tiny_patch16_224", "--img_size", 32, "--patch_size", 16)
+    for name, value in sdssl.RECIPES["digits"].items():
+        setattr(args, name, value if getattr(args, name, None) is None else getattr(args, name))
+    student, _, _ = sdssl.build(args)
+    assert not any(p.requires_grad for p in student.backbone.model.patch_embed.parameters())
+    assert student.backbone.model.blocks[0].attn.qkv.weight.requires_grad
+    args.num_heads = 3
+    with pytest.raises(common.InputError, match="--num_heads is for ViTs of vit_nano"):
+        sdssl.build(args)
+
+
+def test_few_images_are_no_collapse(tmp_path, capsys):
+    """Of two images no spread can be told; the record has it, without a verdict."""
+    train(tmp_path, "--batch_size", 2, "--max_steps", 2, "--lr", 0)
+    assert "collapse" not in capsys.readouterr().out and "effective_rank" in read_log(tmp_path)[-2]
