@@ -213,10 +213,11 @@ def find_images(folder: Path) -> list[str]:
     """All image files below a folder, sorted, but hidden ones; links are followed, each folder is read once."""
     found, seen = [], set()
     for top, folders, names in os.walk(folder, followlinks=True):
-        visible = [] if os.path.realpath(top) in seen else [name for name in folders + names if not name.startswith(".")]
+        new = os.path.realpath(top) not in seen
         seen.add(os.path.realpath(top))
-        folders[:] = [name for name in folders if name in visible]
-        found += [str(Path(top) / name) for name in names if name in visible and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        folders[:] = [name for name in folders if new and not name.startswith(".")]
+        found += [os.path.join(top, name) for name in names
+                  if new and not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 

@@ -165,11 +165,10 @@ class Classifier(nn.Module):
         self.backbone.train(not head_only)  # a frozen one keeps its BatchNorm statistics
         if hasattr(backbone, "mask_token"):
             backbone.mask_token.requires_grad_(False)  # no masks here
-        for name in ("fc_norm", "attn_pool"):  # timm's, behind its own pooling
-            if pool != "cls" and has_tokens(backbone) and isinstance(getattr(backbone, "model", None), nn.Module):
-                part = getattr(backbone.model, name, None)
-                if part is not None:
-                    part.requires_grad_(False)
+        for name in ("fc_norm", "attn_pool"):  # of timm's own pooling, which the other pools go past
+            part = getattr(getattr(backbone, "model", None), name, None)
+            if part is not None and pool != "cls" and has_tokens(backbone):
+                part.requires_grad_(False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
