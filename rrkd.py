@@ -38,7 +38,7 @@ Measured, accuracy of a linear probe in per cent: the first command (seed 0, one
     classifier of Eq. 4     trained                      stays at its random start   trained
     tau of LPKD             0.5                          not applied                 0.5; --tau 1 as released
     most confident anchors  "the teacher's"              -                           of a probe: an autoencoder has no classes
-    momentum of SGD, colour 0.9 "during distillation"    -                           the same: a teacher has none
+    momentum on colour data 0.9 "during distillation"    -                           so; its teacher has none
     fixed anchors           one set for the whole run    -                           embedded anew by the student at each step
     accuracy, Tables 3, 4   "test accuracy"              -                           of the trained classifier; --metric probe
 """
