@@ -1308,20 +1308,18 @@ class Run:
             dist.all_reduce(first_bad, dist.ReduceOp.MIN)
         step, term = first_bad.min(0)
         if step.isfinite():
-            self.bar.close()
-            log(f"stopped: {self.terms[int(term)]} was not finite at step {int(step) + 1}; the last checkpoint in {self.folder} "
-                f"is intact. Lower --lr, or raise --warmup_epochs.")
-            sys.exit(1)
+            self.give_up(f"{self.terms[int(term)]} was not finite at step {int(step) + 1}")
 
     def check_weights(self, step: int, state: dict) -> None:
         """Stops the run before non-finite weights are saved: a step can spoil them although its losses were finite."""
-        self.check()
         for name in [name for name in ("student", "teacher") if name in state]:  # a probe has none
             if not torch.stack([value.isfinite().all() for value in state[name].values()]).all():
-                self.bar.close()
-                log(f"stopped: weights of the {name} are not finite after step {step}; the last checkpoint in {self.folder} is "
-                    f"intact. Lower --lr, or raise --warmup_epochs.")
-                sys.exit(1)
+                self.give_up(f"weights of the {name} are not finite after step {step}")
+
+    def give_up(self, reason: str) -> None:
+        self.bar.close()
+        log(f"stopped: {reason}; the last checkpoint in {self.folder} is intact. Lower --lr, or raise --warmup_epochs.")
+        sys.exit(1)
 
     def log_step(self, step: int, losses: dict[str, Tensor], waited: float, features: Tensor | None = None, **values) -> None:
         """Writes one record: losses averaged over the processes, the given values, speed, and the spread of `features`."""
@@ -1359,11 +1357,13 @@ class Run:
         check_knn = done or (args.knn_every and ended and ended % args.knn_every == 0)
         saving = done or stopping or (args.save_every and ended and ended % args.save_every == 0)
         if saving:
-            self.check_weights(step + 1, state())
+            self.check()
+            content = state()
+            self.check_weights(step + 1, content)
         if knn and check_knn:
             self.record_knn(step + 1, knn())
         if saving:
-            self.save(step + 1, state())
+            self.save(step + 1, content)
         if rank() == 0 and (check_knn or stopping):
             self.draw_curves()
         self.clock += time.perf_counter() - paused  # speed is the steps' own
@@ -1380,8 +1380,7 @@ class Run:
             self.record(step=step, knn=accuracy)
 
     def save(self, step: int, state: dict) -> None:
-        """Writes the checkpoint and the bare backbone, unless a loss was not finite."""
-        self.check()
+        """Writes the checkpoint and the bare backbone."""
         if rank() == 0:
             save_file({**state, "step": step, "args": plain(vars(self.args))}, self.folder / "checkpoint.pth")
             networks = {name: state[name] for name in ("student", "teacher") if name in state}

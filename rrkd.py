@@ -304,6 +304,11 @@ class Teacher(nn.Module):
         return z, self.classifier(z) if self.classifier else None  # (n, K)
 
 
+def needs_logits(args) -> bool:
+    """Whether the loss asks for the teacher's soft labels."""
+    return args.loss == "kd" or args.loss == "lpkd" and args.labels
+
+
 def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
     """-> student, and what a reader of the checkpoint must know of the backbone. On its own (`--loss none`) an autoencoder
     has a decoder and any other network a classifier; a distilled student has a classifier where it gets labels or logits."""
@@ -320,7 +325,7 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
         raise InputError(f"--anchors {args.anchors} needs labels, and {args.data} has none: use batch or random")
     if args.anchors == "confident" and classes < 2:
         raise InputError(f"--anchors confident needs labels of two classes, and {args.data} has one: use random")
-    if not alone and teacher.classes != classes and (args.loss == "kd" or args.loss == "lpkd" and args.labels):
+    if not alone and teacher.classes != classes and needs_logits(args):
         raise InputError(f"--loss {args.loss} needs the teacher's logits of {classes} classes, and this teacher has "
                          f"{teacher.classes or 'no classifier'}: train one here, or for lpkd pass --no-labels")
     student = Student(backbone, make_classifier(args.arch, D, classes) if classify else None,
@@ -551,7 +556,7 @@ def train(args) -> None:
     if args.teacher:
         args.img_size = args.img_size or meta_of(read_checkpoint(args.teacher)).get("backbone", {}).get("img_size")
     data, folder = prepare(args), Path(args.output_dir)
-    if not args.teacher and args.teacher_arch.startswith("ae") and (args.loss == "kd" or args.loss == "lpkd" and args.labels):
+    if not args.teacher and args.teacher_arch.startswith("ae") and needs_logits(args):
         raise InputError(f"--loss {args.loss} needs the logits of a classifier, and --teacher_arch {args.teacher_arch} is an "
                          f"autoencoder: pass mlp1200, say, or for lpkd --no-labels")
     make_backbone(args.arch, args.img_size, args.patch_size)  # one that cannot be made is found before a teacher is trained
