@@ -11,7 +11,9 @@ Two ideas carry the promises made in the README.
    average over processes that DDP takes, the gradient is the one that a single process would have.
 """
 import argparse
+import contextlib
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -19,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -55,17 +58,56 @@ def log(message: str) -> None:
         sys.stdout.flush()
 
 
+class Terminal:
+    """stdout or stderr that cannot end a run: what it does not take is replaced or dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main) -> None:
-    """Runs `main()`; input errors become one line and exit code 2, and the process group is left in order."""
+    """Runs `main()`. Whatever ends it early becomes one line and an exit code: 2 for input that can be mended, 1 for a file
+    that cannot be read or written, 128 + number for a signal (which a training run, once it steps, handles itself)."""
+    if not isinstance(sys.stdout, Terminal):
+        sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         # an error raised in a loader's worker arrives behind its traceback: the last line is ours
-        line = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-        tqdm.write(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
-        sys.exit(2)
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("common.InputError: ")
+        process = "" if world_size() == 1 else f" (process {rank()})"
+        tqdm.write(f"error{process}: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        tqdm.write(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def progress(items=None, **options) -> tqdm:
+    """A progress bar on the first process; in a log file a line every ten seconds."""
+    return tqdm(items, disable=rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
 LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "epochs": (1, 1e6), "batch_size": (1, 1e9), "lr": (0, 1e6),
@@ -83,6 +125,13 @@ def check_limits(args, limits: dict) -> None:
 
 
 _signal_received = []
+_extracting = False  # features: then a signal does not wait for the end of a training step
+
+
+def _note_signal(number, frame) -> None:
+    _signal_received.append(number)
+    if _extracting:
+        raise KeyboardInterrupt(number)
 
 
 def setup(args) -> torch.device:
@@ -154,7 +203,7 @@ def local_rows(global_batch: int) -> slice:
 # --------------------------------------------------------------------------------------------------------------- data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: written into checkpoints
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 SMALL, MEMORY_LIMIT = 96, 2 * 2**30  # images of one size, up to 96 pixels and 2 GiB together, are kept in memory
 DATASETS = {  # name: (torchvision class, arguments of the training split, of the test split)
     "mnist": ("MNIST", {"train": True}, {"train": False}),
@@ -194,30 +243,66 @@ class ImageData:
         """Height and width; of the first image where they are files."""
         return tuple((self.images[0] if self.images is not None else read_image(self.paths[0])).shape[-2:])
 
+    def fingerprint(self) -> str:
+        """The number of images and a digest of their labels and of their names below the folder."""
+        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        root = len(os.path.commonprefix(self.paths or []))
+        for path in self.paths or []:
+            digest.update(os.fsencode(path[root:]) + b"\n")
+        return f"{len(self)} images, {digest.hexdigest()[:16]}"
+
+
+log_once = functools.cache(log)
+
 
 def read_image(path) -> Tensor:
-    """Decodes one file to uint8 (3, H, W). Raises InputError, naming the file, where it cannot be decoded whole."""
+    """Decodes one file to uint8 (3, H, W), upright. Raises InputError, naming the file, where it cannot be decoded whole."""
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("pixels are floating-point numbers of unknown range")
             if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+                image = Image.fromarray(from_16_bits(np.asarray(image)))
             return tv.pil_to_tensor(image.convert("RGB"))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read image {path} ({reason}): replace or delete the file") from None
 
 
+def from_16_bits(pixels: np.ndarray) -> np.ndarray:
+    """Whole numbers from 0 to 65535 -> uint8."""
+    least, most = pixels.min(), pixels.max()
+    if least < 0 or most > 65535:
+        raise ValueError(f"pixels from {least} to {most} do not fit 0 to 65535")
+    if most < 4096:
+        log_once("16-bit images that use 12 bits or fewer come out nearly black: scale them to 0 ... 65535")
+    return (pixels / 257).round().astype(np.uint8)
+
+
 def find_images(folder: Path) -> list[str]:
-    """All image files below a folder, sorted, but hidden ones; links are followed, each folder is read once."""
-    found, seen = [], set()
-    for top, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(top) not in seen
+    """All image files below a folder, sorted, but hidden ones; links are followed, each folder is read once, and files of other
+    kinds are counted aloud."""
+
+    def fail(error):
+        raise error
+
+    found, others, seen = [], Counter(), set()
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(top) in seen:
+            folders.clear()
+            continue
         seen.add(os.path.realpath(top))
-        folders[:] = [name for name in folders if new and not name.startswith(".")]
-        found += [os.path.join(top, name) for name in names
-                  if new and not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append(os.path.join(top, name))
+            elif not name.startswith("."):
+                others[suffix or "no ending"] += 1
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        log(f"{folder}: {others.total()} files are not read as images ({counts})")
     return sorted(found)
 
 
@@ -232,8 +317,12 @@ def read_folder(folder: Path, class_folders: bool, classes: list | None = None) 
         unknown = set(folders) - set(classes)
         if unknown:
             raise InputError(f"{folder} has class folders that the training images lack ({', '.join(sorted(unknown)[:3])})")
-        found = [(path, classes.index(name)) for name in folders for path in find_images(folder / name)]
-        paths, labels = [path for path, _ in found], [label for _, label in found]
+        found = {name: find_images(folder / name) for name in folders}
+        empty = [name for name in folders if not found[name]]
+        if empty and len(empty) < len(folders):
+            raise InputError(f"no images in class folder {folder / empty[0]}: add some, or delete it")
+        paths = [path for name in folders for path in found[name]]
+        labels = [classes.index(name) for name in folders for _ in found[name]]
     else:
         paths, classes = find_images(folder), []
         labels = [-1] * len(paths)
@@ -243,7 +332,7 @@ def read_folder(folder: Path, class_folders: bool, classes: list | None = None) 
     # small images of one size are decoded once and live in memory; the first few tell
     shapes = {read_image(path).shape for path in paths[:8]}
     if len(shapes) == 1 and max(*shapes) <= SMALL and len(paths) * math.prod(*shapes) <= MEMORY_LIMIT:
-        with tqdm(paths, f"reading {folder.name}", leave=False, disable=rank() > 0) as bar:  # closed before an error is printed
+        with progress(paths, desc=f"reading {folder.name}", leave=False) as bar:  # closed before an error is printed
             images = [read_image(path) for path in bar]
         if len({image.shape for image in images}) == 1:
             data.images = torch.stack(images)  # (N, 3, H, W)
@@ -280,7 +369,7 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
     if not (root / "train").is_dir():
         return read_folder(root, class_folders=False), None
     train = read_folder(root / "train", class_folders=True)
-    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    test = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
     return train, read_folder(test, True, train.classes) if test and train.classes else None
 
 
@@ -686,6 +775,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.Identity() if post_norm else norm
         self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
+        self.as_dino = False  # how positions are resized: see `positions`
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out = module.out_features // (3 if name.endswith("qkv") else 1)
@@ -697,11 +787,17 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, 1+N, D) for a grid of patches, resized bicubically where it is not the one that was built."""
+        """(1, 1+N, D) for a grid of patches, resized bicubically where it is not the one that was built: to the exact grid or,
+        for other people's files, by the factor (n + 0.1) / m of DINO's and iBOT's code, with which they were measured."""
         if grid == self.grid:
             return self.pos_embed
-        patches = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, h, w)
-        patches = F.interpolate(patches.float(), grid, mode="bicubic").flatten(2).transpose(1, 2)  # (1, N, D)
+        patches = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # (1, D, h, w)
+        if self.as_dino:
+            factor = [(n + 0.1) / m for n, m in zip(grid, self.grid, strict=True)]
+            patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+        else:
+            patches = F.interpolate(patches, grid, mode="bicubic")
+        patches = patches.flatten(2).transpose(1, 2)  # (1, N, D)
         return torch.cat([self.pos_embed[:, :1], patches.to(self.pos_embed.dtype)], 1)
 
     def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -999,11 +1095,17 @@ def distributed(model: nn.Module) -> nn.Module:
 def save_file(content, path: Path) -> None:
     """torch.save to a temporary file, flushed to the disk, then renamed: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says that a disk is full
+        reason = " ".join(str(error).split())[-160:]
+        raise OSError(f"cannot write {path} ({reason})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 WEIGHT_KEYS = ("student", "teacher", "state_dict", "model")  # under one of these, or bare, a checkpoint keeps its weights
@@ -1036,48 +1138,67 @@ def meta_of(checkpoint: dict) -> dict:
     return dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}
 
 
+PREFIXES = {  # of keys, by network; None: of either
+    None: ("module.", "_orig_mod.", "backbone.", "model.", "net."),
+    "student": ("base_encoder.", "student."),
+    "teacher": ("momentum_encoder.", "teacher."),
+}
+OTHERS = ("head", "fc.", "classifier.", "pre_logits.", "project", "predict", "pred_", "decoder", "prototypes", "queue", "lm_head.",
+          "mask_token", "masked_embed")  # what a file may hold beside a backbone
+
+
 def backbone_weights(checkpoint: dict, network: str | None = None) -> dict:
-    """The backbone's state dict out of a checkpoint of this repository, DINO, iBOT, MoCo v3 or timm.
+    """Weights out of a checkpoint of this repository, DINO, iBOT, MoCo v3, SDSSL, SimDis or timm; heads may be among them.
 
     network: "student" or "teacher". Default: what `backbone.pth` holds for our files; for others the teacher under DINO's
-    and iBOT's key `teacher`, and the student (`base_encoder`) of MoCo v3.
+    and iBOT's key `teacher`, and the student of MoCo v3, SDSSL and SimDis.
     """
     meta = checkpoint.get("meta")
     network = network or (meta.get("network") if isinstance(meta, dict) else None)
     if network and network not in checkpoint and {"student", "teacher"} & set(checkpoint):
         raise InputError(f"the checkpoint has no {network} network: pass --network with the one that it has")
-    wanted = [network] if network else ["teacher", "student"]
-    for key in (*wanted, *WEIGHT_KEYS[2:]):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    encoder = "momentum_encoder." if network == "teacher" else "base_encoder."
-    for prefix in ("module.", "_orig_mod.", encoder, "backbone.", "model."):  # a prefix that is there marks what belongs to us
-        if any(key.startswith(prefix) for key in checkpoint):
-            checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items() if key.startswith(prefix)}
-    heads = ("head.", "head_dist.", "fc.", "pre_logits.", "mask_token", "masked_embed")
-    return {key: value for key, value in checkpoint.items() if not key.startswith(heads)}
+    weights = checkpoint
+    for key in ([network] if network else ["teacher", "student"]) + ["state_dict", "model"]:
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+    prefixes, found = PREFIXES[None] + PREFIXES[network or "student"], True
+    while found:  # until none is left; a prefix that is there marks what belongs to us
+        found = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)]
+        if found:
+            weights = {key.removeprefix(found[0]): value for key, value in weights.items() if key.startswith(found[0])}
+    return weights
 
 
 def load_weights(model: nn.Module, weights: dict, source) -> None:
     """Loads a backbone's state dict, of which only a mask token may be absent. Positions of another grid bring their grid."""
     model = model.model if isinstance(model, TimmBackbone) else model
     ours = model.state_dict()
+    if "mask_token" in ours and "masked_embed" in weights and "mask_token" not in weights:  # iBOT's name for it
+        weights = {**weights, "mask_token": weights["masked_embed"]}
+    if "mask_token" in ours and getattr(weights.get("mask_token"), "shape", None) != ours["mask_token"].shape:  # MAE's decoder's
+        weights = {key: value for key, value in weights.items() if key != "mask_token"}
+    left_out = sorted({key.split(".")[0] for key in weights if key not in ours and key.startswith(OTHERS)})
+    weights = {key: value for key, value in weights.items() if key in ours or not key.startswith(OTHERS)}
     missing = [key for key in ours if key not in weights and key != "mask_token"]
     unexpected = [key for key in weights if key not in ours]
     if missing or unexpected:
         what = f"{len(missing)} keys are missing" + (f" (first: {missing[0]})" if missing else "")
         what += f", {len(unexpected)} are unknown" + (f" (first: {unexpected[0]})" if unexpected else "")
         raise InputError(f"{source} does not fit this architecture: {what}; check --arch and --network")
+    if set(left_out) - {"mask_token", "masked_embed"}:
+        log(f"{source}: left out, since not of the backbone: {' '.join(left_out)}")
     for key, value in weights.items():
         if not isinstance(value, Tensor) or value.ndim != ours[key].ndim:
             raise InputError(f"{source} does not fit this architecture: {key} is no tensor of {ours[key].ndim} dimensions")
+        if not value.isfinite().all():
+            raise InputError(f"{source} is damaged: {key} holds numbers that are not finite")
     positions, own = weights.get("pos_embed"), isinstance(model, VisionTransformer)
     if positions is not None and positions.shape != model.pos_embed.shape and (own or hasattr(model, "set_input_size")):
         extra = model.pos_embed.shape[1] - math.prod(model.grid if own else model.patch_embed.grid_size)  # [CLS] and the like
         side = math.isqrt(max(0, positions.shape[1] - extra))
         if positions.shape[1:] == (extra + side**2, model.embed_dim):
             if own:
-                model.grid, model.pos_embed.data = (side, side), torch.empty_like(positions)
+                model.grid, model.pos_embed.data = (side, side), torch.empty_like(positions, dtype=torch.float32)
             else:
                 model.set_input_size([side * patch for patch in model.patch_embed.patch_size])
             ours = model.state_dict()
@@ -1091,19 +1212,36 @@ def load_weights(model: nn.Module, weights: dict, source) -> None:
 def start_from(backbone: nn.Module, path: str) -> None:
     """--init: loads a backbone's weights from a file; positions of another grid are resized to the one that was built."""
     content, grid = read_checkpoint(path), getattr(backbone, "grid", None)
-    heads = moco_heads(content, backbone.embed_dim)
+    weights = backbone_weights(content)
+    heads = moco_heads(content, weights, backbone.embed_dim)
     if grid and heads and heads != backbone.blocks[0].attn.num_heads:
         raise InputError(f"{path} is MoCo v3's, whose ViT-S has {heads} heads and not {backbone.blocks[0].attn.num_heads}: "
                          f"pass --num_heads {heads}, which sdssl.py has")
-    load_weights(backbone, backbone_weights(content), path)
+    load_weights(backbone, weights, path)
     if grid and backbone.grid != grid:
+        backbone.as_dino = not meta_of(content)
         backbone.pos_embed.data, backbone.grid = backbone.positions(grid).detach(), grid  # (1, 1+N, D)
+        backbone.as_dino = False
 
 
-def moco_heads(checkpoint: dict, width: int) -> int | None:
-    """12 for a file of MoCo v3 that holds its ViT-S, which has other heads than everybody's; None for all others."""
-    weights = checkpoint.get("state_dict")
-    return 12 if width == 384 and isinstance(weights, dict) and any("base_encoder." in key for key in weights) else None
+def moco_heads(checkpoint: dict, weights: dict, width: int) -> int | None:
+    """12 for MoCo v3's ViT-S, which has other heads than everybody's; None for all others.
+
+    Shapes do not tell, but the keys of its own files do and, where a conversion renamed them, its fixed positions: our
+    sine-cosine table with x and y exchanged.
+    """
+    content, positions = checkpoint.get("state_dict"), weights.get("pos_embed")
+    if width != 384:
+        return None
+    if isinstance(content, dict) and any("base_encoder." in key for key in content):
+        return 12
+    if not isinstance(positions, Tensor) or positions.ndim != 3 or positions.shape[2] != width:
+        return None
+    side = math.isqrt(max(0, positions.shape[1] - 1))
+    if positions.shape[1] != 1 + side**2:
+        return None
+    exchanged = sincos_positions(width, (side, side)).roll(width // 2, 2)
+    return 12 if torch.allclose(positions.float(), exchanged, atol=1e-3) else None
 
 
 def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=None, network=None,
@@ -1126,11 +1264,16 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
                                            patch_size=patch_size or 16)
     if meta and num_heads:
         raise InputError(f"{checkpoint} says itself how many heads it has: leave --num_heads out")
-    num_heads = num_heads or (moco_heads(content, 384) if arch == "vit_small" else None)
+    weights = backbone_weights(content, network) if checkpoint else {}
+    num_heads = num_heads or (moco_heads(content, weights, 384) if arch == "vit_small" else None)
     options = options | ({"num_heads": num_heads} if num_heads else {})
     backbone = create_backbone(**options, pretrained=not checkpoint)
     if checkpoint:
-        load_weights(backbone, backbone_weights(content, network), checkpoint)
+        load_weights(backbone, weights, checkpoint)
+        backbone.as_dino = not meta
+    if checkpoint and not meta and arch in VITS:
+        log(f"{checkpoint} does not say how its images were normalised; ImageNet's mean and deviation are taken. For weights that "
+            f"want others (timm's augreg: 0.5) give timm's name, --arch timm/NAME")
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
     meta.update(backbone=options, img_size=img_size or options["img_size"] or backbone.img_size)
@@ -1156,12 +1299,17 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     modes, collected = [(module, module.training) for module in backbone.modules()], []
     backbone.eval()
     batches = eval_batches(data, mine, size, device, batch_size, num_workers, mean, std)
-    for x in tqdm(batches, "features", math.ceil(len(mine) / batch_size), leave=False, unit="batch", disable=rank() > 0):
-        with autocast(device, dtype):
-            features = backbone(x, layers=layers)
-        collected.append([f.float() for f in (features if layers else [features])])
-    for module, training in modes:
-        module.training = training
+    global _extracting
+    _extracting = True
+    try:
+        for x in progress(batches, desc="features", total=math.ceil(len(mine) / batch_size), leave=False, unit="batch"):
+            with autocast(device, dtype):
+                features = backbone(x, layers=layers)
+            collected.append([f.float() for f in (features if layers else [features])])
+    finally:
+        _extracting = False
+        for module, training in modes:
+            module.training = training
     return [gather(torch.cat(parts))[: len(rows)].cpu() for parts in zip(*collected, strict=True)]
 
 
@@ -1244,10 +1392,11 @@ class Run:
         elif not (resume or args.overwrite) and (path.is_file() or any("loss" in record for record in self.records())):
             raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite or another --output_dir")
         self.start = self.checkpoint["step"] if self.checkpoint else 0
+        self.data = None
         self.stop = min(total_steps, args.max_steps or total_steps)
         self.first_bad = None
         for number in (signal.SIGTERM, signal.SIGINT):  # from here on they do not kill: `after_step` sees them, saves and exits
-            signal.signal(number, lambda received, frame: _signal_received.append(received))
+            signal.signal(number, _note_signal)
         barrier()  # no process writes before all have looked
         if rank() == 0:
             make_folder(self.folder)
@@ -1255,11 +1404,19 @@ class Run:
             if not self.checkpoint:
                 path.unlink(missing_ok=True)
             (self.folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self.bar = tqdm(total=self.stop, initial=self.start, unit="step", disable=rank() > 0, dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 10)
+        self.bar = progress(total=self.stop, initial=self.start, unit="step")
         if self.start >= self.stop:
             log(f"{self.folder} is already at step {self.start}: nothing is left to do")
         self.clock, self.clock_step, self.clock_waited = time.perf_counter(), self.start, 0.0
+
+    def same_data(self, data: ImageData) -> None:
+        """Refuses to go on with other images than those that the run began with; their fingerprint goes into the checkpoint."""
+        self.data = data.fingerprint()
+        then = (self.checkpoint or {}).get("data", self.data)
+        if then != self.data:
+            self.bar.close()
+            raise InputError(f"cannot resume {self.folder / 'checkpoint.pth'}: its training data were {then}, now {self.data}; "
+                             f"bring them back, or use another --output_dir")
 
     def restore(self, **parts) -> None:
         """Networks, optimizer and scaler as they were, where the run goes on from a checkpoint; None is skipped."""
@@ -1318,7 +1475,9 @@ class Run:
 
     def give_up(self, reason: str) -> None:
         self.bar.close()
-        log(f"stopped: {reason}; the last checkpoint in {self.folder} is intact. Lower --lr, or raise --warmup_epochs.")
+        saved = (self.folder / "checkpoint.pth").is_file()
+        state = f"the last checkpoint in {self.folder} is intact" if saved else "nothing had been saved yet"
+        log(f"stopped: {reason}; {state}. Lower --lr, or raise --warmup_epochs.")
         sys.exit(1)
 
     def log_step(self, step: int, losses: dict[str, Tensor], waited: float, features: Tensor | None = None, **values) -> None:
@@ -1361,7 +1520,14 @@ class Run:
             content = state()
             self.check_weights(step + 1, content)
         if knn and check_knn:
-            self.record_knn(step + 1, knn())
+            try:
+                self.record_knn(step + 1, knn())
+            except KeyboardInterrupt:  # the check is given up; the run is saved and ends
+                if not saving:
+                    self.check()
+                    content = state()
+                    self.check_weights(step + 1, content)
+                saving = stopping = True
         if saving:
             self.save(step + 1, content)
         if rank() == 0 and (check_knn or stopping):
@@ -1382,10 +1548,13 @@ class Run:
     def save(self, step: int, state: dict) -> None:
         """Writes the checkpoint and the bare backbone."""
         if rank() == 0:
-            save_file({**state, "step": step, "args": plain(vars(self.args))}, self.folder / "checkpoint.pth")
+            content = {**state, "step": step, "args": plain(vars(self.args))} | ({"data": self.data} if self.data else {})
+            save_file(content, self.folder / "checkpoint.pth")
             networks = {name: state[name] for name in ("student", "teacher") if name in state}
             if networks:  # a probe has none
-                save_file(backbone_weights({"meta": state["meta"], **networks}), self.folder / "backbone.pth")
+                weights = backbone_weights({"meta": state["meta"], **networks})
+                weights = {key: value for key, value in weights.items() if key != "mask_token"}
+                save_file(weights, self.folder / "backbone.pth")
         barrier()
 
     def draw_curves(self) -> None:
@@ -1486,13 +1655,13 @@ RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102
 def apply_recipe(args, recipes: dict, data: ImageData, name: str | None = None) -> dict:
     """Fills the arguments that were not given from the data set's recipe, says which, and returns the recipe.
 
-    A directory takes the recipe of CIFAR-10 where its first image has at most 64 pixels a side, else ImageNet's, unless
-    `name` says which data set it holds.
+    A directory takes the recipe of CIFAR-10 where --img_size or, without it, its first image has at most 64 pixels a side, else
+    ImageNet's, unless `name` says which data set it holds.
     """
     name = name or args.data
     name = RECIPE_OF.get(name, name)
     if name not in recipes:
-        name = "cifar10" if max(data.image_size()) <= 64 else "imagenet"
+        name = "cifar10" if (getattr(args, "img_size", None) or max(data.image_size())) <= 64 else "imagenet"
     recipe = recipes[name]
     for key, value in recipe.items():
         if getattr(args, key, None) is None:

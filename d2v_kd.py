@@ -307,6 +307,7 @@ def fit(args, network: nn.Module, teacher: nn.Module | None, meta: dict, train_d
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
+    job.same_data(train_data)
     parts = {meta["network"]: network, "optimizer": optimizer, "scaler": scaler}
     job.restore(**parts)
     peak_lr = args.lr * args.batch_size / 256

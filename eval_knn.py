@@ -164,8 +164,8 @@ def top1_top5(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Te
     mine = slice(rank(), None, world_size())
     queries = at_once(chunk, len(train))
     scores = knn_classifier(train, train_labels, test[mine], k, temperature, num_classes, queries)  # (m, classes)
-    ranked = scores.topk(min(5, num_classes), dim=1).indices  # (m, 5)
-    hits = (ranked == test_labels[mine, None]).float()  # (m, 5)
+    votes, ranked = scores.topk(min(5, num_classes), dim=1)  # (m, 5) each
+    hits = ((ranked == test_labels[mine, None]) & (votes > 0)).float()  # (m, 5): a class without a vote is no hit
     found = torch.stack([hits[:, 0].sum(), hits.sum()])  # (2,)
     top1, top5 = (100 * mean_over_processes(found) * world_size() / len(test)).tolist()
     return top1, top5

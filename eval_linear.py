@@ -405,6 +405,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
     total = args.epochs * loader.steps_per_epoch
     lr = cosine_schedule(peak_lr, 0.0, total, warmup=int((args.warmup_epochs or 0) * loader.steps_per_epoch))
     job = Run(args, total, loader.steps_per_epoch)
+    job.same_data(data)
     parts = {"student" if finetuned else "probes": network, "optimizer": optimizer, "scaler": scaler}
     job.restore(**parts)
 

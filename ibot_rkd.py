@@ -174,14 +174,14 @@ def rkd_loss(s: Tensor, t: Tensor, potential, kind: str = "ce", tau: float = 0.1
 
     Memory is bounded: the loss of all angles is formed a few vertices at a time, and again in the backward pass.
     """
-    V, D = s.shape[-2:]
-    s, t = s.reshape(-1, V, D), t.detach().reshape(-1, V, D)  # (P, V, D)
+    V = s.shape[-2]
+    s, t = s.reshape(-1, *s.shape[-2:]), t.detach().reshape(-1, *t.shape[-2:])  # (P, V, D) each, of any two widths D
     rows = torch.arange(V, device=s.device) if rows is None else rows
     rows = rows.expand(*s.shape[:-2], rows.shape[-1]).reshape(len(s), -1)  # (P, n)
 
     def sides(z):
         return torch.cat([checkpoint(distance_potential, part, use_reentrant=False, preserve_rng_state=False)
-                          for part in z.split(max(1, ENTRIES // (V * D)))])  # (P, V, V)
+                          for part in z.split(max(1, ENTRIES // z[0].numel()))])  # (P, V, V)
 
     angles = potential is angle_potential
     s, t, at_once = sides(s), sides(t), max(1, ENTRIES // (len(s) * V ** (1 + angles)))
@@ -415,6 +415,7 @@ def train(args) -> None:
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
+    job.same_data(train_data)
     job.restore(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     peak_lr = args.lr * args.batch_size / 256

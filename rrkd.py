@@ -448,6 +448,7 @@ def fit(args, data, teacher_file=None) -> dict:
                         meta["mean"], meta["std"])
     total = args.epochs * loader.steps_per_epoch
     job = Run(args, total, loader.steps_per_epoch)
+    job.same_data(train_data)
     parameters = sum(p.numel() for p in student.backbone.parameters())
     peak_lr = args.lr * args.batch_size / 256
     log(f"{args.arch}, --loss {args.loss}: {parameters:,} parameters, {total} steps of {args.batch_size} images, "

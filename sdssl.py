@@ -283,6 +283,7 @@ def train(args) -> None:
     steps_per_epoch = loader.steps_per_epoch
     total = args.epochs * steps_per_epoch
     job = Run(args, total, steps_per_epoch)
+    job.same_data(train_data)
     job.restore(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     peak_lr = args.lr * args.batch_size / 256

@@ -82,9 +82,9 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-def assert_one_line_error(result, *patterns):
-    """Exit code 2, no traceback, and one line on stderr that says `error: ...` and matches every pattern."""
-    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+def assert_one_line_error(result, *patterns, code=2):
+    """The exit code, no traceback, and one line on stderr that says `error: ...` and matches every pattern."""
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr and "Traceback" not in result.stdout, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line and "it/s" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -113,8 +113,10 @@ def finished(capsys, main):
     import common
 
     capsys.readouterr()
+    streams = sys.stdout, sys.stderr
     with pytest.raises(SystemExit) as stopped:
         common.run(main)
+    sys.stdout, sys.stderr = streams
     return subprocess.CompletedProcess(main, stopped.value.code, *capsys.readouterr())
 
 

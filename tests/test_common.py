@@ -1226,15 +1226,27 @@ KEY_STYLES = {  # name: (checkpoint, the network asked for, the weights that mus
     "MoCo v3, its teacher": (MOCO, "teacher", T),
     "timm": (TIMM, None, S),
     "DeiT": ({"model": TIMM}, None, S),
+    "compiled, then distributed": (under("_orig_mod.module.", S), None, S),
+    "compiled inside": ({"student": under("backbone._orig_mod.", S), "meta": {"network": "student"}}, None, S),
+    "compiled in a model": (under("model._orig_mod.", S), None, S),
+    "SDSSL's release": ({"state_dict": {**under("student.net.", S), **under("teacher.net.", T), "student.projector.0.weight": torch.ones(2),
+                                        "predictor.0.weight": torch.ones(2)}}, None, S),
+    "SDSSL's release, its teacher": ({"state_dict": {**under("student.net.", S), **under("teacher.net.", T)}}, "teacher", T),
+    "SimDis' release": ({"model": {**under("module.student.", {**S, "pred_s_dv.0.weight": torch.ones(2), "fc.0.weight": torch.ones(2)}),
+                                   **under("module.teacher.", T), **under("module.student_ema.", T)}}, None, S),
+    "SimDis' release, its teacher": ({"model": {**under("module.student.", S), **under("module.teacher.", T)}}, "teacher", T),
+    "MAE, with its decoder": ({"model": {**S, "mask_token": torch.ones(1, 1, 7), "decoder_pos_embed": torch.ones(1, 5, 7),
+                                         "decoder_blocks.0.norm1.weight": torch.ones(7)}}, None, S),
 }
 
 
 @pytest.mark.parametrize("style", KEY_STYLES)
 def test_backbone_weights_of_every_key_style(style):
-    """The backbone's weights under timm's keys come out, bit-equal, and load; heads and mask tokens stay behind."""
+    """The backbone's weights under timm's keys come out, bit-equal, and load; heads and mask tokens are not loaded."""
     checkpoint, network, expected = KEY_STYLES[style]
     found = common.backbone_weights(checkpoint, network)
-    assert same_tensors(found, expected)
+    assert same_tensors({key: value for key, value in found.items() if key in expected}, expected)
+    assert not any(key.startswith(("blocks", "module", "backbone", "student", "teacher")) for key in found.keys() - expected.keys())
     model = common.vit_nano(img_size=8, patch_size=4)
     common.load_weights(model, found, style)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
@@ -1294,7 +1306,12 @@ def test_init_resizes_positions_to_the_grid_that_was_built(tmp_path):
     common.start_from(model, str(tmp_path / "source.pth"))
     x = noise_images(2, 3, 8, 8)
     assert model.grid == (2, 2) and model.pos_embed.shape == (1, 5, 96)
+    source.as_dino = True  # the file does not say that it is ours
     torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-4)
+    half = {key: value.half() for key, value in source.state_dict().items()}
+    common.save_file(half, tmp_path / "half.pth")
+    common.start_from(model, str(tmp_path / "half.pth"))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32} and model.grid == (2, 2)
     moco = common.vit_small(img_size=8, patch_size=4, depth=1, num_heads=12)
     common.save_file({"state_dict": under("module.base_encoder.", moco.state_dict())}, tmp_path / "moco.pth")
     with pytest.raises(InputError, match="12 heads and not 6"):
@@ -1694,3 +1711,118 @@ def test_two_machines_train_as_one(tmp_path):
     assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "one").returncode == 0
     one, two = ([record["loss"] for record in losses_of(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
+
+
+# --------------------------------------------------------------- faults of files, of images, and of the world around a run
+
+
+def test_our_own_files_are_never_stripped():
+    """A timm model's norm below `head.` is its own: the headless model's weights come back whole; its classifier is left out."""
+    timm = pytest.importorskip("timm")
+    ours = common.create_backbone("timm/test_convnext", img_size=64)
+    assert any(key.startswith("head.norm") for key in ours.model.state_dict())
+    whole = perturbed(timm.create_model("test_convnext"), seed=3).state_dict()
+    assert any(key.startswith("head.fc") for key in whole)
+    common.load_weights(ours, common.backbone_weights(whole), "timm's")
+    assert all(torch.equal(value, whole[key]) for key, value in ours.model.state_dict().items())
+    weights = common.backbone_weights({"student": under("backbone.", ours.state_dict()), "meta": {"network": "student"}})
+    assert weights.keys() == ours.model.state_dict().keys()
+
+
+def test_moco_positions_tell_its_heads(tmp_path):
+    """Renamed keys: sine-cosine positions with x and y exchanged are MoCo v3's; ours and learnt ones are not."""
+    moco = common.vit_small(img_size=64, patch_size=16, depth=1, num_heads=12, pos_embed="sincos").state_dict()
+    for name, positions, heads in (("moco", moco["pos_embed"].roll(192, 2), 12), ("ours", moco["pos_embed"], None),
+                                   ("learnt", torch.randn(1, 17, 384), None), ("half", moco["pos_embed"].roll(192, 2).half(), 12)):
+        assert common.moco_heads({}, {**moco, "pos_embed": positions}, 384) == heads, name
+
+
+def test_positions_of_other_peoples_files_follow_dino():
+    """The factor (n + 0.1) / m, as DINO's interpolate_pos_encoding; ours go to the exact grid."""
+    vit = perturbed(common.vit_nano(img_size=16, patch_size=4), size=0.3)
+    vit.as_dino = True
+    positions = vit.positions((6, 3))
+    grid = vit.pos_embed[:, 1:].reshape(1, 4, 4, 96).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
+    assert expected.shape[-2:] == (6, 3)
+    torch.testing.assert_close(positions[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, 18, 96))
+
+
+def test_weights_that_are_not_finite_do_not_load():
+    """One line that names the key."""
+    broken = {**S, "norm.weight": S["norm.weight"].clone().fill_(math.nan)}
+    with pytest.raises(InputError, match="norm.weight holds numbers that are not finite"):
+        common.load_weights(common.vit_nano(img_size=8, patch_size=4), broken, "some.pth")
+
+
+@pytest.mark.parametrize("dtype, low, high", [(np.int32, -5, 100), (np.int32, 0, 70000)])
+def test_integer_images_out_of_range_are_named(tmp_path, dtype, low, high):
+    """Signed or wider than 16 bits: one line with the name and the range, and not a wrapped picture."""
+    Image.fromarray(np.linspace(low, high, 63, dtype=dtype).reshape(7, 9)).save(tmp_path / "wide.tif")
+    with pytest.raises(InputError, match=rf"wide.tif \(pixels from {low} to {high}"):
+        common.read_image(tmp_path / "wide.tif")
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    """EXIF orientation 6: the camera was turned by 90 degrees."""
+    image = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "phone.png", exif=exif)
+    assert common.read_image(tmp_path / "phone.png").shape == (3, 6, 4)
+
+
+def test_files_are_not_passed_over_without_a_word(tmp_path, capsys):
+    """JPEG's other endings are read, other files counted aloud, an empty class stops, and validation/ is a test folder."""
+    write_images(tmp_path / "train" / "ant", [9, 9], suffix="jpg")
+    (tmp_path / "train" / "ant" / "000.jpg").rename(tmp_path / "train" / "ant" / "000.JFIF")
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
+    write_images(tmp_path / "validation" / "ant", [9])
+    train, test = common.load_data(str(tmp_path))
+    assert len(train) == 2 and len(test) == 1 and "1 .txt" in capsys.readouterr().out
+    (tmp_path / "train" / "bee").mkdir()
+    with pytest.raises(InputError, match="no images in class folder .*bee"):
+        common.load_data(str(tmp_path))
+
+
+def test_other_images_are_not_resumed_with(tmp_path, capsys):
+    """One image that is gone changes every permutation: --resume says so; a folder that was only moved goes on."""
+    import sdssl
+
+    write_images(tmp_path / "data", [16] * 40)
+    flags = [*METHODS["sdssl.py"], "--arch", "vit_nano", "--patch_size", 8, "--img_size", 16, "--batch_size", 16, "--epochs", 3,
+             "--knn_every", 0, "--device", "cpu", "--output_dir", tmp_path / "run", "--save_every", 1]
+
+    def train(*extra):
+        return finished(capsys, lambda: (sdssl.train(sdssl.parse_arguments([*map(str, [*flags, *extra])])), sys.exit(0)))
+
+    assert train("--data", tmp_path / "data", "--max_steps", 1).returncode == 0
+    assert train("--data", tmp_path / "data", "--max_steps", 2, "--resume").returncode == 0
+    (tmp_path / "data" / "007.png").unlink()
+    assert_one_line_error(train("--data", tmp_path / "data", "--max_steps", 3, "--resume"), "its training data were 40 images.*now 39 images")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """Exit code 1, the old file whole, no .tmp; and a stdout that takes nothing does not end the run."""
+    common.save_file({"step": 1}, tmp_path / "checkpoint.pth")
+
+    def full(content, file, *args, **kwargs):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    result = finished(capsys, lambda: common.save_file({"step": 2}, tmp_path / "checkpoint.pth"))
+    assert_one_line_error(result, "cannot write .*checkpoint.pth .*file write failed", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert common.read_checkpoint(tmp_path / "checkpoint.pth") == {"step": 1}
+    terminal = common.Terminal(open("/dev/full", "w", encoding="ascii"))
+    print("Größe " * 10_000, file=terminal, flush=True)
+
+
+def test_a_signal_outside_of_a_step_is_one_line(tmp_path):
+    """Ctrl-C in an evaluation, or before the first step: exit code 128 + number and no traceback."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, common\n"
+                      "common.run(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))\n")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 128 + signal.SIGTERM and result.stderr.strip() == "stopped by SIGTERM"

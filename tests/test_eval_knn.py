@@ -150,6 +150,14 @@ def test_top1_and_top5_count_what_a_loop_counts(points):
     assert eval_knn.top1_top5(train, labels, test, test_labels, 30, 0.07, 12) == pytest.approx((100 * top1, 100 * top5))
 
 
+def test_a_class_without_a_vote_is_no_hit(points):
+    """k = 1: only the neighbour's class has a vote, so top-5 is top-1."""
+    train, _, test = points
+    labels, test_labels = torch.arange(60) % 12, torch.arange(23) % 12
+    top1, top5 = eval_knn.top1_top5(train, labels, test, test_labels, 1, 0.07, 12)
+    assert top1 == top5
+
+
 def test_top5_of_fewer_than_five_classes(points):
     train, _, test = points
     assert eval_knn.top1_top5(train, torch.arange(60) % 2, test, torch.arange(23) % 2, 60, 0.07, 2)[1] == 100
@@ -248,7 +256,8 @@ def test_positions_of_another_grid_are_interpolated(student, tmp_path):
     torch.save(student.state_dict(), tmp_path / "weights.pth")  # 2 x 2 patches
     backbone, _ = load_backbone(str(tmp_path / "weights.pth"), "vit_tiny", 16, 80)
     positions = student.pos_embed[:, 1:].reshape(1, 2, 2, 192).permute(0, 3, 1, 2)
-    positions = F.interpolate(positions, (5, 5), mode="bicubic").permute(0, 2, 3, 1).reshape(1, 25, 192)
+    # by the factor (n + 0.1) / m of DINO's code, since the file is not one of ours
+    positions = F.interpolate(positions, scale_factor=5.1 / 2, mode="bicubic").permute(0, 2, 3, 1).reshape(1, 25, 192)
     larger = vit(3, img_size=80)
     larger.load_state_dict({**student.state_dict(), "pos_embed": torch.cat([student.pos_embed[:, :1], positions], 1)})
     x = torch.randn(2, 3, 80, 80)

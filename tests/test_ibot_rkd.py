@@ -910,3 +910,16 @@ def test_init_from_weights_of_another_image_size(tmp_path):
     train(tmp_path / "b", *flags, "--init", tmp_path / "a" / "checkpoint.pth", "--max_steps", 2)
     content = train(tmp_path / "b", *flags, "--resume", "--max_steps", 3)
     assert content["student"]["backbone.pos_embed"].shape[1] == 1 + 36
+
+
+@pytest.mark.parametrize("kind", ["ce", "huber"])
+@pytest.mark.parametrize("potential", [ibot_rkd.distance_potential, ibot_rkd.angle_potential])
+def test_relations_take_any_two_widths(potential, kind):
+    """A teacher of another width, also one with a multiple of the student's numbers: as with zeros in place of what is missing."""
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    for width in (4, 12, 24):
+        t = torch.randn(3, 5, width, generator=generator, dtype=torch.float64)
+        padded = [torch.nn.functional.pad(z, (0, 24 - z.shape[-1])) for z in (s, t)]  # distances and angles do not see zeros
+        found, expected = ibot_rkd.rkd_loss(s, t, potential, kind), ibot_rkd.rkd_loss(*padded, potential, kind)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
