@@ -288,6 +288,8 @@ def find_images(folder: Path) -> list[str]:
         raise error
 
     found, others, seen = [], Counter(), set()
+    if not os.path.isdir(folder):
+        return found
     for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(top) in seen:
             folders.clear()
@@ -313,13 +315,13 @@ def read_folder(folder: Path, class_folders: bool, classes: list | None = None) 
     """
     folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if class_folders and folders:
-        classes = classes or folders
+        training, classes = classes is None, classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
             raise InputError(f"{folder} has class folders that the training images lack ({', '.join(sorted(unknown)[:3])})")
         found = {name: find_images(folder / name) for name in folders}
         empty = [name for name in folders if not found[name]]
-        if empty and len(empty) < len(folders):
+        if training and empty and len(empty) < len(folders):
             raise InputError(f"no images in class folder {folder / empty[0]}: add some, or delete it")
         paths = [path for name in folders for path in found[name]]
         labels = [classes.index(name) for name in folders for _ in found[name]]

@@ -803,11 +803,11 @@ def test_low_precision_stays_close(tmp_path):
 
 
 def test_photographs_without_labels(photos, tmp_path, monkeypatch):
-    """A flat folder takes ImageNet's recipe, with LARS, and says nothing of k-NN."""
+    """A flat folder takes the recipe of the size that is trained at, and says nothing of k-NN."""
     with_knn(monkeypatch)
     train(tmp_path, "--data", photos, "--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", 64, "--batch_size", 4,
           "--max_steps", 1)
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["args"]["optimizer"] == "lars"
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["args"]["optimizer"] == "sgd"  # by the size that is trained at
     assert not any("knn" in name for record in read_log(tmp_path) for name in record)
 
 
