@@ -1,14 +1,19 @@
-"""The core that the five method files and the two evaluations share. It holds nothing that a paper is about.
+"""What the five method files and the two evaluations share. Nothing in here is about a paper.
 
-Sections: launch · data · views · backbones · EMA · schedules · collectives · checkpoints · logging and monitors.
-Shapes:   B batch, V views, L layers, N tokens, D dim, K output dim.
+Where the first questions of a reader have their answer:
 
-Two ideas carry the promises made in the README.
-1. Every random number of training step t comes from `draw(seed, t, stream)`: drawn on the CPU for the whole global batch,
-   of which each process keeps its own rows. So there is no RNG state to save, resuming is exact, and neither the number
-   of processes nor the number of workers changes what is seen.
-2. A sum that spans the global batch goes through `gather`, whose backward adds up what every process asks of it. With the
-   average over processes that DDP takes, the gradient is the one that a single process would have.
+an image's random numbers     `draw`: a function of seed, step and view, made for the global batch;
+                              each process takes its own rows, and nothing has to be saved
+two processes train as one    `gather`, whose backward adds up what all of them ask of a row, and
+                              `BatchNorm`, which is built on it
+one more data set             `DATASETS`, or a folder
+one more augmentation         `View`, a column in `COLUMNS`, and `augment`
+one more backbone             `create_backbone`; what it has to offer is said above `ResNet`
+what a checkpoint holds       `Run.save`
+Ctrl-C, a full disk, mistakes `launch`; during training `Run.end_step`
+
+Symbols, here and in all files: B images of this process, M of the global batch, V views, L layers,
+N patch tokens, T = 1 + N tokens, D width, K outputs of a head, C classes, S side of an image.
 """
 import argparse
 import contextlib
@@ -21,6 +26,8 @@ import os
 import signal
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +40,73 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------- launch
+# --------------------------------------------------------------------------------------- launch
 
 
 class InputError(Exception):
-    """Something that the user can mend: `run` prints it as one line and exits with code 2."""
+    """A mistake that the user can mend: `launch` prints it as one line and exits with code 2."""
+
+
+class Terminal:
+    """stdout or stderr that cannot end a run: what it does not take is replaced or dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+signals = []  # SIGINT and SIGTERM that have arrived
+
+
+def on_signal(number: int, frame) -> None:
+    """Ends the command at once, but for a training step, which `Run` finishes first."""
+    signals.append(number)
+    if not Run.in_step:
+        raise KeyboardInterrupt
+
+
+def launch(main) -> None:
+    """Runs `main()`. Whatever ends it early becomes one line and an exit code: 2 for input that
+    can be mended, 1 for a file that cannot be read or written, 128 + number for a signal."""
+    sys.stdout = Terminal(sys.stdout)
+    sys.stderr = Terminal(sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    code = 0
+    try:
+        main()
+    except (InputError, OSError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signals[-1]
+        tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
+    if code:
+        sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def one_line(error: Exception) -> str:
+    """The last line of a message; a loader's worker puts its traceback before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().removeprefix("common.InputError: ")
 
 
 def rank() -> int:
@@ -58,109 +124,44 @@ def log(message: str) -> None:
         sys.stdout.flush()
 
 
-class Terminal:
-    """stdout or stderr that cannot end a run: what it does not take is replaced or dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-
-    def write(self, text: str) -> int:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def run(main) -> None:
-    """Runs `main()`. Whatever ends it early becomes one line and an exit code: 2 for input that can be mended, 1 for a file
-    that cannot be read or written, 128 + number for a signal (which a training run, once it steps, handles itself)."""
-    if not isinstance(sys.stdout, Terminal):
-        sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
-
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        main()
-    except (InputError, OSError) as error:
-        # an error raised in a loader's worker arrives behind its traceback: the last line is ours
-        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("common.InputError: ")
-        process = "" if world_size() == 1 else f" (process {rank()})"
-        tqdm.write(f"error{process}: {line}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        tqdm.write(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
-        sys.exit(128 + number)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def progress(items=None, **options) -> tqdm:
     """A progress bar on the first process; in a log file a line every ten seconds."""
-    return tqdm(items, disable=rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
-
-
-LIMITS = {"img_size": (1, 1e5), "patch_size": (1, 1e5), "epochs": (1, 1e6), "batch_size": (1, 1e9), "lr": (0, 1e6),
-          "warmup_epochs": (0, 1e6), "weight_decay": (0, 1e3), "momentum": (0, 1), "hidden": (1, 1e6), "max_steps": (1, 1e12),
-          "log_every": (1, 1e9), "seed": (0, 2**63 - 1), "num_heads": (1, 1e3)}
-
-
-def check_limits(args, limits: dict) -> None:
-    """Raises InputError for the first argument, or one of its list, that is not a number between its limits."""
-    for name, (least, most) in limits.items():
-        given = getattr(args, name, None)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not least <= value <= most:
-                raise InputError(f"--{name} must be between {least:g} and {most:g}, not {value:g}")
-
-
-_signal_received = []
-_extracting = False  # features: then a signal does not wait for the end of a training step
-
-
-def _note_signal(number, frame) -> None:
-    _signal_received.append(number)
-    if _extracting:
-        raise KeyboardInterrupt(number)
+    interval = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(items, disable=rank() > 0, mininterval=interval, dynamic_ncols=True, **options)
 
 
 def setup(args) -> torch.device:
-    """Joins torchrun's process group if there is one, settles device, dtype and compile in `args`, and seeds the weights."""
-    check_limits(args, LIMITS)
+    """Joins torchrun's process group if there is one, chooses device, dtype and compilation where
+    `args` leaves them open, and seeds the weights."""
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(args.device, lambda: True)():
-        raise InputError(f"--device {args.device} is not available here; use --device auto")
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"{torch.cuda.device_count()} GPUs for more processes: lower --nproc_per_node, or pass --device cpu")
+        accelerator = torch.accelerator.is_available()
+        args.device = torch.accelerator.current_accelerator().type if accelerator else "cpu"
+    cuda = args.device == "cuda"
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {args.device} is not available: use --device auto or cpu, or "
+                         f"lower --nproc_per_node") from None
+    if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         try:
             store, number, processes = next(dist.rendezvous("env://"))
         except ValueError as error:
-            raise InputError(f"RANK is set, but not all that torchrun sets ({error}): start with torchrun, or unset RANK") from None
-        # torchrun restarts its workers with the same store, which still says where the dead ones listened
+            raise InputError(f"RANK is set, but not all that torchrun sets ({error}): start with "
+                             f"torchrun, or unset RANK") from None
+        # restarted workers get the same store, which still says where the dead ones listened
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"start{restart}", store),
-                                rank=number, world_size=processes)
+        store = dist.PrefixStore(f"start{restart}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=processes)
     if args.dtype is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+        args.dtype = "fp32"
+        if cuda:
+            args.dtype = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if getattr(args, "compile", False) is None:
-        args.compile = device.type == "cuda"
+        args.compile = cuda
     if args.dtype != "fp32":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
@@ -173,39 +174,45 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, types[dtype], enabled=dtype != "fp32")
 
 
-def _raised(x):
-    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+def to_fp32(x):
+    """Half-precision tensors in fp32; everything else as it is."""
+    half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if half else x
 
 
 def fp32(loss):
-    """Decorator: the function runs outside autocast, its half-precision tensors raised to fp32 first."""
+    """Decorator: the function runs outside autocast, its half-precision tensors raised to fp32."""
 
     @functools.wraps(loss)
     def in_fp32(*args, **kwargs):
+        args = [to_fp32(x) for x in args]
+        kwargs = {name: to_fp32(x) for name, x in kwargs.items()}
         device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.autocast(device.type, enabled=False):
-            return loss(*map(_raised, args), **{name: _raised(x) for name, x in kwargs.items()})
+            return loss(*args, **kwargs)
 
     return in_fp32
 
 
 def draw(seed: int, step: int, stream: int, rows: int, columns: int) -> Tensor:
     """(rows, columns) uniform numbers in [0, 1): a pure function of its arguments."""
-    return torch.from_numpy(np.random.default_rng([seed, step, stream]).random((rows, columns), dtype=np.float32))
+    generator = np.random.default_rng([seed, step, stream])
+    return torch.from_numpy(generator.random((rows, columns), dtype=np.float32))
 
 
 def local_rows(global_batch: int) -> slice:
-    """The rows of the global batch that this process works on."""
-    rows = global_batch // world_size()
-    return slice(rank() * rows, (rank() + 1) * rows)
+    """The rows of the global batch that belong to this process."""
+    B = global_batch // world_size()
+    return slice(rank() * B, (rank() + 1) * B)
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------- data
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: written into checkpoints
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-SMALL, MEMORY_LIMIT = 96, 2 * 2**30  # images of one size, up to 96 pixels and 2 GiB together, are kept in memory
-DATASETS = {  # name: (torchvision class, arguments of the training split, of the test split)
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for every data set; checkpoints say what they used
+STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm",
+                  ".pgm", ".tif", ".tiff")
+DATASETS = {  # name: (torchvision's class, arguments of its training split, of its test split)
     "mnist": ("MNIST", {"train": True}, {"train": False}),
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
     "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
@@ -220,7 +227,10 @@ DATASETS = {  # name: (torchvision class, arguments of the training split, of th
 
 @dataclass
 class ImageData:
-    """One split: small images in memory as uint8 (N, 3, H, W), others as paths; labels (N,) are -1 where unknown."""
+    """One split of n images: small ones in memory as uint8 (n, 3, H, W), others as paths.
+
+    labels (n,) are -1 where unknown; classes are their names.
+    """
 
     labels: Tensor
     classes: list
@@ -235,17 +245,19 @@ class ImageData:
         return bool((self.labels >= 0).any())
 
     def subset(self, rows: Tensor) -> "ImageData":
-        """Some of the images, in the order of `rows` (n,)."""
-        return ImageData(self.labels[rows], self.classes, None if self.images is None else self.images[rows],
-                         [self.paths[i] for i in rows.tolist()] if self.paths else None)
+        """Some of the images, in the order of `rows`."""
+        images = None if self.images is None else self.images[rows]
+        paths = self.paths and [self.paths[i] for i in rows.tolist()]
+        return ImageData(self.labels[rows], self.classes, images, paths)
 
     def image_size(self) -> tuple[int, int]:
         """Height and width; of the first image where they are files."""
-        return tuple((self.images[0] if self.images is not None else read_image(self.paths[0])).shape[-2:])
+        image = read_image(self.paths[0]) if self.images is None else self.images[0]
+        return tuple(image.shape[-2:])
 
     def fingerprint(self) -> str:
-        """The number of images and a digest of their labels and of their names below the folder."""
-        digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+        """The number of images and a digest of their labels and their names below the folder."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
         root = len(os.path.commonprefix(self.paths or []))
         for path in self.paths or []:
             digest.update(os.fsencode(path[root:]) + b"\n")
@@ -256,18 +268,18 @@ log_once = functools.cache(log)
 
 
 def read_image(path) -> Tensor:
-    """Decodes one file to uint8 (3, H, W), upright. Raises InputError, naming the file, where it cannot be decoded whole."""
+    """One file as uint8 (3, H, W), upright. Raises InputError with its name if it is damaged."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("pixels are floating-point numbers of unknown range")
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+            if image.mode.startswith("I"):
                 image = Image.fromarray(from_16_bits(np.asarray(image)))
             return tv.pil_to_tensor(image.convert("RGB"))
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot read image {path} ({reason}): replace or delete the file") from None
+        raise InputError(f"cannot read image {path} ({one_line(error)}): replace or delete "
+                         f"the file") from None
 
 
 def from_16_bits(pixels: np.ndarray) -> np.ndarray:
@@ -276,20 +288,20 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
     if least < 0 or most > 65535:
         raise ValueError(f"pixels from {least} to {most} do not fit 0 to 65535")
     if most < 4096:
-        log_once("16-bit images that use 12 bits or fewer come out nearly black: scale them to 0 ... 65535")
+        log_once("16-bit images that use 12 bits or fewer are nearly black: scale them to 0..65535")
     return (pixels / 257).round().astype(np.uint8)
 
 
-def find_images(folder: Path) -> list[str]:
-    """All image files below a folder, sorted, but hidden ones; links are followed, each folder is read once, and files of other
-    kinds are counted aloud."""
+def find_images(folder) -> list[str]:
+    """All image files below a folder, sorted, but hidden ones; links are followed, each folder is
+    read once, and files of other kinds are counted aloud."""
 
     def fail(error):
         raise error
 
-    found, others, seen = [], Counter(), set()
+    images, others, seen = [], Counter(), set()
     if not os.path.isdir(folder):
-        return found
+        return images
     for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(top) in seen:
             folders.clear()
@@ -299,117 +311,128 @@ def find_images(folder: Path) -> list[str]:
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in IMAGE_SUFFIXES and not name.startswith("."):
-                found.append(os.path.join(top, name))
+                images.append(os.path.join(top, name))
             elif not name.startswith("."):
                 others[suffix or "no ending"] += 1
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         log(f"{folder}: {others.total()} files are not read as images ({counts})")
-    return sorted(found)
+    return sorted(images)
 
 
-def read_folder(folder: Path, class_folders: bool, classes: list | None = None) -> ImageData:
-    """Images below a folder, labelled by its class folders if it has any and `class_folders` is true.
+def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> ImageData:
+    """Images below a folder, labelled by its class folders if it has any and they are asked for.
 
-    `classes`: names that the class folders must be among, in the order of their labels; default the sorted folders.
+    classes: names that these may have, in the order of their labels; default: all, sorted.
+    Images of one size up to 96 pixels and 2 GiB together are decoded once; the first few tell.
     """
-    folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if class_folders and folders:
-        training, classes = classes is None, classes or folders
-        unknown = set(folders) - set(classes)
-        if unknown:
-            raise InputError(f"{folder} has class folders that the training images lack ({', '.join(sorted(unknown)[:3])})")
-        found = {name: find_images(folder / name) for name in folders}
-        empty = [name for name in folders if not found[name]]
-        if training and empty and len(empty) < len(folders):
-            raise InputError(f"no images in class folder {folder / empty[0]}: add some, or delete it")
-        paths = [path for name in folders for path in found[name]]
-        labels = [classes.index(name) for name in folders for _ in found[name]]
-    else:
-        paths, classes = find_images(folder), []
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    folders = [entry for entry in entries if entry.is_dir() and labelled]
+    training = classes is None
+    classes = classes or [entry.name for entry in folders]
+    paths = []
+    labels = []
+    for entry in folders:
+        images = find_images(entry)
+        if entry.name not in classes or (training and not images):
+            reason = "has no images" if training else "is not among the training images"
+            raise InputError(f"class folder {entry} {reason}: add some, or delete it")
+        paths += images
+        labels += [classes.index(entry.name)] * len(images)
+    if not folders:
+        paths = find_images(folder)
         labels = [-1] * len(paths)
     if not paths:
-        raise InputError(f"no images under {folder}: expected files such as .jpg or .png, in class folders or not")
+        raise InputError(f"no images under {folder}: expected files such as .jpg or .png")
     data = ImageData(torch.tensor(labels), classes, paths=paths)
-    # small images of one size are decoded once and live in memory; the first few tell
-    shapes = {read_image(path).shape for path in paths[:8]}
-    if len(shapes) == 1 and max(*shapes) <= SMALL and len(paths) * math.prod(*shapes) <= MEMORY_LIMIT:
-        with progress(paths, desc=f"reading {folder.name}", leave=False) as bar:  # closed before an error is printed
+    shape, *others = {read_image(path).shape for path in paths[:8]}
+    if not others and max(shape) <= 96 and len(data) * math.prod(shape) <= 2 * 2**30:
+        with progress(paths, desc=f"reading {folder.name}", leave=False) as bar:
             images = [read_image(path) for path in bar]
-        if len({image.shape for image in images}) == 1:
-            data.images = torch.stack(images)  # (N, 3, H, W)
+        if all(image.shape == shape for image in images):
+            data.images = torch.stack(images)  # (n, 3, H, W)
     return data
 
 
 def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData | None]:
-    """-> training images and test images (None where a folder has none) of a named data set or a directory."""
-    if data == "digits":  # 1,797 handwritten digits of 8 x 8 pixels that ship inside scikit-learn
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
-        split = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
-        labels = torch.from_numpy(digits.target)
-        return tuple(ImageData(labels[rows], list(range(10)), images[rows].contiguous()) for rows in split)
+    """Training and test images of a named data set or of a directory; the latter may have none to
+    test with."""
+    if data == "digits":
+        return load_digits()
     if data in DATASETS:
-        name, *splits = DATASETS[data]
         try:
             if rank() == 0:  # one process downloads, the others find the files
-                _torchvision_splits(name, splits, data_path)
+                load_torchvision(data, data_path)
             barrier()
-            return tuple(_torchvision_splits(name, splits, data_path))
-        except InputError:
-            raise
+            return load_torchvision(data, data_path)
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{data} is not under {data_path} and could not be downloaded ({reason}): "
-                             f"put it there, or pass --data_path or --data DIR") from None
+            raise InputError(f"{data} is not under {data_path} and could not be downloaded "
+                             f"({one_line(error)}): pass --data_path or --data DIR") from None
     root = Path(data)
     if not data or not root.is_dir():
-        raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: digits {' '.join(DATASETS)}")
+        raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: digits "
+                         f"{' '.join(DATASETS)}")
     if not (root / "train").is_dir():
-        return read_folder(root, class_folders=False), None
-    train = read_folder(root / "train", class_folders=True)
-    test = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
-    return train, read_folder(test, True, train.classes) if test and train.classes else None
+        return read_folder(root, labelled=False), None
+    train = read_folder(root / "train", labelled=True)
+    for name in ("val", "validation", "test"):
+        if (root / name).is_dir() and train.classes:
+            return train, read_folder(root / name, True, train.classes)
+    return train, None
 
 
-def _torchvision_splits(name: str, splits: list[dict], root: str) -> list[ImageData]:
+def load_digits() -> tuple[ImageData, ImageData]:
+    """1,797 handwritten digits of 8 x 8 pixels, which ship inside scikit-learn."""
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    digits = datasets.load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8)
+    images = torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1)  # (n, 3, 8, 8)
+    data = ImageData(torch.from_numpy(digits.target), list(range(10)), images)
+    rows = train_test_split(range(len(data)), test_size=0.2, random_state=0, stratify=data.labels)
+    return tuple(data.subset(torch.tensor(part)) for part in rows)
+
+
+def load_torchvision(data: str, root: str) -> tuple[ImageData, ImageData]:
+    name, *splits = DATASETS[data]
     loaded = []
     for arguments in splits:
-        cls = getattr(torchvision.datasets, name)
         try:
-            split = cls(root, download=False, **arguments)
+            split = getattr(torchvision.datasets, name)(root, download=False, **arguments)
         except (RuntimeError, FileNotFoundError):
-            split = cls(root, download=True, **arguments)
-        if hasattr(split, "data"):  # arrays: MNIST (N, H, W), CIFAR (N, H, W, 3), SVHN and STL-10 (N, 3, H, W)
-            images = torch.as_tensor(split.data)
+            split = getattr(torchvision.datasets, name)(root, download=True, **arguments)
+        fields = vars(split)  # some are not public, and each class has its own names
+        if "_samples" in fields:
+            paths, labels = zip(*fields["_samples"], strict=True)
+        else:
+            paths = fields.get("_image_files") or fields.get("_images")
+            labels = next(fields[key] for key in ("targets", "labels", "_labels") if key in fields)
+        labels = torch.as_tensor(labels).long()
+        data = ImageData(labels, list(range(int(labels.max()) + 1)))
+        if paths:
+            data.paths = [str(path) for path in paths]
+        else:  # MNIST (n, H, W), CIFAR (n, H, W, 3), SVHN and STL-10 (n, 3, H, W)
+            images = torch.as_tensor(fields["data"])
             if images.ndim == 3:
-                images = images[:, None].expand(-1, 3, -1, -1)  # (N, 3, H, W)
-            elif images.shape[-1] == 3:
-                images = images.permute(0, 3, 1, 2)  # (N, 3, H, W)
-            labels = torch.as_tensor(getattr(split, "targets", getattr(split, "labels", None))).long()
-            loaded.append(ImageData(labels, list(range(int(labels.max()) + 1)), images.contiguous()))
-        else:  # files: Flowers, Pets, Cars, Aircraft
-            paths = getattr(split, "_image_files", None) or getattr(split, "_images", None)
-            labels = getattr(split, "_labels", None)
-            if paths is None:
-                paths, labels = zip(*split._samples, strict=True)
-            labels = torch.tensor(labels)
-            loaded.append(ImageData(labels, list(range(int(labels.max()) + 1)), paths=[str(path) for path in paths]))
-    return loaded
+                images = images[..., None].expand(-1, -1, -1, 3)  # (n, H, W, 3)
+            if images.shape[-1] == 3:
+                images = images.permute(0, 3, 1, 2)  # (n, 3, H, W)
+            data.images = images.contiguous()
+        loaded.append(data)
+    return tuple(loaded)
 
 
-# -------------------------------------------------------------------------------------------------------------- views
+# ---------------------------------------------------------------------------------------- views
 
 
 @dataclass(frozen=True)
 class View:
     """How one view is made from an image; the defaults are a plain random crop and flip.
 
-    `jitter` is (brightness, contrast, saturation, hue); `grey`, `flip`, `blur`, `solarize` and `p_jitter` are probabilities.
-    As in torchvision's pipelines, but the order of the four jitters is drawn for the batch and not for each image.
+    scale: share of the image's area that is cropped. flip, p_jitter, grey, blur and solarize are
+    probabilities, jitter the strengths of brightness, contrast, saturation and hue. All as in
+    torchvision, but that the order of the four is drawn for a batch and not for each image.
     """
 
     size: int
@@ -422,247 +445,281 @@ class View:
     solarize: float = 0.0
 
 
-def byol_views(size: int, scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=True) -> tuple[View, View]:
-    """The two asymmetric views of BYOL and MoCo v3. `blur=False` for images of about 32 pixels, which it would erase."""
-    shared = dict(size=size, scale=tuple(scale), flip=flip, jitter=tuple(jitter), p_jitter=0.8, grey=grey)
+def byol_views(size: int, scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2,
+               blur=True) -> tuple[View, View]:
+    """The two views of BYOL and MoCo v3. Blur would erase images of about 32 pixels."""
+    shared = dict(size=size, scale=tuple(scale), flip=flip, jitter=tuple(jitter), p_jitter=0.8,
+                  grey=grey)
     return View(**shared, blur=1.0 * blur), View(**shared, blur=0.1 * blur, solarize=0.2)
 
 
-CROP_TRIES = 10  # as torchvision's RandomResizedCrop: ten draws of area and aspect, then the middle, as much as 3:4 to 4:3 has
-DRAWS = 2 * CROP_TRIES + 12  # numbers that one view of one image takes from `draw`, in the order they are read below
+# what the uniform numbers of one view of one image, a row of `draw`, decide
+COLUMNS = {"area": slice(0, 10), "aspect": slice(10, 20), "top": 20, "left": 21, "flip": 22,
+           "p_jitter": 23, "brightness": 24, "contrast": 25, "saturation": 26, "hue": 27,
+           "grey": 28, "blur": 29, "sigma": 30, "solarize": 31}
+DRAWS = 32
 
 
 def crop_boxes(u: Tensor, height, width, scale) -> Tensor:
-    """Uniform numbers (B, DRAWS) and image sizes -> boxes (B, 4) of top, left, height, width, in whole pixels."""
-    height, width = torch.as_tensor(height).expand(len(u)), torch.as_tensor(width).expand(len(u))
-    area = (scale[0] + (scale[1] - scale[0]) * u[:, :CROP_TRIES]) * (height * width)[:, None]  # (B, tries)
-    ratio = torch.exp((2 * u[:, CROP_TRIES : 2 * CROP_TRIES] - 1) * math.log(4 / 3))  # (B, tries)
-    w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)
-    fits = (w <= width[:, None]) & (h <= height[:, None])  # (B, tries)
-    first = fits.int().argmax(1, keepdim=True)
-    found = fits.any(1)
-    w = torch.where(found, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))  # (B,)
-    h = torch.where(found, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))  # (B,)
-    top = torch.where(found, u[:, 2 * CROP_TRIES] * (height - h + 1), (height - h) / 2).floor()
-    left = torch.where(found, u[:, 2 * CROP_TRIES + 1] * (width - w + 1), (width - w) / 2).floor()
+    """Uniform numbers (B, DRAWS) and image sizes -> boxes (B, 4): top, left, height and width in
+    whole pixels, as torchvision's RandomResizedCrop: the first of ten tries that fits, else as
+    much of the middle as an aspect from 3:4 to 4:3 allows."""
+    height = torch.as_tensor(height).expand(len(u))  # (B,)
+    width = torch.as_tensor(width).expand(len(u))  # (B,)
+    share = scale[0] + (scale[1] - scale[0]) * u[:, COLUMNS["area"]]  # (B, 10)
+    area = share * (height * width)[:, None]
+    aspect = torch.exp((2 * u[:, COLUMNS["aspect"]] - 1) * math.log(4 / 3))  # (B, 10)
+    w = (area * aspect).sqrt().round().clamp(min=1)
+    h = (area / aspect).sqrt().round().clamp(min=1)
+    fits = (w <= width[:, None]) & (h <= height[:, None])  # (B, 10)
+    first = fits.int().argmax(1, keepdim=True)  # (B, 1)
+    fits = fits.any(1)  # (B,)
+    w = torch.where(fits, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))
+    h = torch.where(fits, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))
+    top = torch.where(fits, u[:, COLUMNS["top"]] * (height - h + 1), (height - h) / 2).floor()
+    left = torch.where(fits, u[:, COLUMNS["left"]] * (width - w + 1), (width - w) / 2).floor()
     return torch.stack([top, left, h, w], 1)  # (B, 4)
 
 
-def _resize_weights(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
-    """(B, out, size): each output pixel's weights over the input line, the antialiased bilinear filter of PIL."""
-    scale = (length / out)[:, None, None]  # (B, 1, 1)
-    support = scale.clamp(min=1)
-    centre = start[:, None, None] + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale  # (B, out, 1)
+def resize_weights(start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
+    """(B, out, size): the weights of `size` pixels in each output pixel, where an image is cut to
+    start ... start + length (B,): PIL's antialiased bilinear filter."""
+    start = start[:, None, None]  # (B, 1, 1)
+    end = start + length[:, None, None]
+    scale = (end - start) / out
+    centre = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale  # (B, out, 1)
     pixel = torch.arange(size, device=start.device) + 0.5  # (size,)
-    inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])  # (B, 1, size)
-    weights = (1 - (pixel - centre).abs() / support).clamp(min=0) * inside  # (B, out, size)
+    inside = (pixel > start) & (pixel < end)  # (B, 1, size)
+    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0) * inside
     return weights / weights.sum(-1, keepdim=True)
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, out: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] and a box for each -> (B, 3, out, out), as two batched matmuls on the images' device."""
-    B, C, H, W = images.shape
+    """(B, 3, H, W) in [0, 1] and a box for each -> (B, 3, out, out), as two batched matmuls."""
+    B, _, H, W = images.shape
     if H == W == out and (boxes[:, 2:] == out).all():
-        return images.clone()  # all of them whole, and of the right size; `augment` works in place
+        return images.clone()  # `augment` works in place
     top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
-    x = images.reshape(B, C * H, W) @ _resize_weights(left, width, W, out).transpose(1, 2)  # (B, C*H, out)
-    return _resize_weights(top, height, H, out)[:, None] @ x.view(B, C, H, out)  # (B, C, out, out)
+    x = images.view(B, 3 * H, W) @ resize_weights(left, width, W, out).mT  # (B, 3*H, out)
+    rows = resize_weights(top, height, H, out)  # (B, out, H)
+    return rows[:, None] @ x.view(B, 3, H, out)  # (B, 3, out, out)
 
 
-def _grey(x: Tensor) -> Tensor:
-    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]  # (B, 1, H, W)
+def crop_and_resize_each(images: list[Tensor], boxes: Tensor, out: int) -> Tensor:
+    """The same for uint8 images of many sizes."""
+    boxes = boxes.int().tolist()
+    return torch.stack([tv.resized_crop(image, *box, [out, out], antialias=True)
+                        for image, box in zip(images, boxes, strict=True)])  # (B, 3, out, out)
 
 
-def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift` (B, 1, 1), a fraction of the circle, with value and saturation of HSV kept."""
-    r, g, b = x.unbind(1)  # (B, H, W) each
+# the four jitters: images (B, 3, S, S) in [0, 1], strengths (B, 1, 1, 1) about 0
+
+
+def adjust_brightness(x: Tensor, strength: Tensor) -> Tensor:
+    return (x * (1 + strength)).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, strength: Tensor) -> Tensor:
+    mean = tv.rgb_to_grayscale(x).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return torch.lerp(mean, x, 1 + strength).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, strength: Tensor) -> Tensor:
+    return torch.lerp(tv.rgb_to_grayscale(x), x, 1 + strength).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, strength: Tensor) -> Tensor:
+    """Turns the hue by a fraction of the circle; value and saturation of HSV stay."""
+    r, g, b = x.unbind(1)  # (B, S, S) each
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # the largest channel decides; lerp with weights 0 and 1 is an exact choice, and faster than where
-    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), (value == g).float())
-    hue = hue.lerp_(g - b, (value == r).float())
-    hue = (hue / chroma.clamp(min=1e-8)).add_(6 * shift).remainder_(6)  # in sixths of the circle, from red
-    # each channel is at value within a sixth of its own hue, at value - chroma beyond two, and linear between
-    near = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)  # (B, 3, H, W)
-    return near.mul_(chroma[:, None]).add_((value - chroma)[:, None])
+    # in sixths of the circle, from red; the largest channel decides, and a lerp by 0 or 1 chooses
+    # exactly and faster than where
+    hue = torch.lerp(r - g + 4 * chroma, b - r + 2 * chroma, (value == g).float())
+    hue = torch.lerp(hue, g - b, (value == r).float()) / chroma.clamp(min=1e-8)
+    hue = (hue + 6 * strength[:, 0]).remainder_(6)
+    # a channel is at value within a sixth of its own hue, at value - chroma beyond two
+    nearness = [(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()]
+    nearness = torch.stack(nearness, 1).clamp_(0, 1)  # (B, 3, S, S)
+    return nearness.mul_(chroma[:, None]).add_((value - chroma)[:, None])
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, C, S, S), each image with its own sigma in pixels, edges reflected: two matmuls."""
-    i = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+JITTERS = (("brightness", adjust_brightness), ("contrast", adjust_contrast),
+           ("saturation", adjust_saturation), ("hue", adjust_hue))
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """(B, 3, S, S) blurred, each image by its own sigma (B,) in pixels, edges reflected."""
     last = x.shape[-1] - 1
+    i = torch.arange(last + 1, device=x.device, dtype=x.dtype)  # (S,)
 
-    def gauss(j):  # weight of the pixel at position j for output i; none past 6 sigma, where products would be denormal, so slow
+    def weights(j):  # none past 6 sigma: products of denormal numbers are slow
         squared = ((i[:, None] - j) / sigma[:, None, None]) ** 2  # (B, S, S)
         return torch.exp(-0.5 * squared.clamp(max=36)) * (squared < 36)
 
-    kernel = gauss(i) + gauss(-i) * (i > 0) + gauss(2 * last - i) * (i < last)
+    kernel = weights(i) + weights(-i) * (i > 0) + weights(2 * last - i) * (i < last)
     kernel = (kernel / kernel.sum(-1, keepdim=True))[:, None]  # (B, 1, S, S)
-    return kernel @ x @ kernel.transpose(-1, -2)
+    return kernel @ x @ kernel.mT
 
 
 def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
-    """Everything after the crop: (B, 3, S, S) in [0, 1] and uniform numbers (B, DRAWS) -> (B, 3, S, S) in [0, 1].
+    """What follows the crop: (B, 3, S, S) in [0, 1], uniform numbers (B, DRAWS) -> the same shape.
 
-    Each image has its own parameters. Which images an operation touches is decided on the CPU, so nothing waits for the
-    device; `x` is changed in place.
+    order: that of the four jitters. Which images an operation touches is decided on the CPU, so
+    nothing waits for the device. `x` is changed in place.
     """
-    at_once = 2**18 // x[0].numel() or 1  # on a CPU, as many images as stay in its cache
+    at_once = max(1, 2**18 // x[0].numel())  # on a CPU, as many images as stay in its cache
     if x.device.type == "cpu" and len(x) > at_once:
-        return torch.cat([augment(images, view, draws, order)
-                          for images, draws in zip(x.split(at_once), u.split(at_once), strict=True)])
-    flip, p_jitter, *factors, grey, blur, sigma, solarize = u[:, 2 * CROP_TRIES + 2 :].T[:10]
-    device = x.device
+        parts = zip(x.split(at_once), u.split(at_once), strict=True)
+        return torch.cat([augment(images, view, numbers, order) for images, numbers in parts])
 
-    def chosen(draws, p):
-        return (draws < p).nonzero()[:, 0].to(device, non_blocking=True)
+    def chosen(name: str, probability: float) -> Tensor:
+        rows = (u[:, COLUMNS[name]] < probability).nonzero()[:, 0]
+        return rows.to(x.device, non_blocking=True)
 
     if view.flip:
-        rows = chosen(flip, view.flip)
+        rows = chosen("flip", view.flip)
         x[rows] = x[rows].flip(-1)
-    if view.p_jitter:
-        spread = torch.tensor(view.jitter)[:, None] * (2 * torch.stack(factors) - 1) * (p_jitter < view.p_jitter)  # (4, B)
-        spread = spread.to(device, non_blocking=True)[:, :, None, None, None]  # (4, B, 1, 1, 1)
-        for operation in order:
-            if not view.jitter[operation]:
-                continue
-            f = 1 + spread[operation]  # (B, 1, 1, 1)
-            if operation == 0:  # brightness
-                x = x.mul_(f).clamp_(0, 1)
-            elif operation == 1:  # contrast, about the mean of the grey image
-                mean = _grey(x).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
-                x = x.mul_(f).add_((1 - f) * mean).clamp_(0, 1)
-            elif operation == 2:  # saturation, about the grey image
-                x = torch.lerp(_grey(x), x, f).clamp_(0, 1)
-            else:
-                x = _shift_hue(x, spread[3][:, 0])
+    for place in order:
+        name, adjust = JITTERS[place]
+        if view.p_jitter and view.jitter[place]:
+            strength = view.jitter[place] * (2 * u[:, COLUMNS[name]] - 1)  # (B,)
+            strength = strength * (u[:, COLUMNS["p_jitter"]] < view.p_jitter)
+            x = adjust(x, strength[:, None, None, None].to(x.device, non_blocking=True))
     if view.grey:
-        rows = chosen(grey, view.grey)
-        x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
+        rows = chosen("grey", view.grey)
+        x[rows] = tv.rgb_to_grayscale(x[rows], 3)
     if view.blur:
-        rows = chosen(blur, view.blur)
-        x[rows] = _blur(x[rows], (0.1 + 1.9 * sigma).to(device, non_blocking=True)[rows])
+        rows = chosen("blur", view.blur)
+        sigma = 0.1 + 1.9 * u[:, COLUMNS["sigma"]]  # (B,)
+        x[rows] = gaussian_blur(x[rows], sigma.to(x.device, non_blocking=True)[rows])
     if view.solarize:
-        rows = chosen(solarize, view.solarize)
-        some = x[rows]
-        x[rows] = some.lerp(1 - some, (some >= 128 / 255).float())
+        rows = chosen("solarize", view.solarize)
+        images = x[rows]
+        x[rows] = images.lerp(1 - images, (images >= 128 / 255).float())
     return x
 
 
-@functools.lru_cache
-def _by_channel(values: tuple, device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)[:, None, None]  # (3, 1, 1); made once, since making it waits for the device
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, images: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 1000]).permutation(images))
 
 
-def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> normalised by channel."""
-    return (x - _by_channel(tuple(mean), x.device)).div_(_by_channel(tuple(std), x.device))
-
-
-def _leave_group(worker: int) -> None:
-    """In a loader's worker: a signal to the run's process group is for the main process, which saves and then ends its workers."""
+def leave_process_group(worker: int) -> None:
+    """In a loader's worker: a signal to the whole group is for the main process, which saves."""
     if hasattr(os, "setpgrp"):  # Windows has no groups
         os.setpgrp()
 
 
+@dataclass
 class ViewLoader:
-    """`steps(start, stop)` iterates over training steps, yielding (step, views, index).
+    """`steps(start, stop)` yields training steps as (step, views, index).
 
-    views: one normalised tensor (B, 3, S, S) on the device for each `View`; index (B,): rows of `data`. B is this
-    process's share of the global batch. An epoch is a permutation of the data, its last incomplete batch left out.
-    Images in memory are cropped on the device; files are decoded and cropped by workers that make whole batches.
-    `waited` is the number of seconds spent waiting for data so far.
+    views: for each `View` a normalised tensor (B, 3, S, S) on the device; index (B,): rows of
+    `data`. batch_size is M. An epoch is a permutation of the data without its incomplete last
+    batch. Images in memory are cropped on the device; files are decoded and cropped by workers,
+    a batch each. `waited`: the seconds spent waiting for crops.
     """
 
-    def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers=0, mean=MEAN, std=STD):
-        if batch_size % world_size():
-            raise InputError(f"--batch_size {batch_size} does not divide by {world_size()} processes")
-        if len(data) < batch_size:
-            raise InputError(f"{len(data)} images are fewer than --batch_size {batch_size}: lower it or add images")
-        self.data, self.views, self.batch_size, self.seed = data, views, batch_size, seed
-        self.device, self.num_workers, self.mean, self.std = torch.device(device), num_workers, mean, std
-        self.rows = local_rows(batch_size)  # settled here: a worker has no process group to ask
-        self.steps_per_epoch = len(data) // batch_size
+    data: ImageData
+    views: tuple
+    batch_size: int
+    seed: int
+    device: torch.device
+    num_workers: int = 0
+    mean: tuple = MEAN
+    std: tuple = STD
+
+    def __post_init__(self):
+        if self.batch_size % world_size():
+            raise InputError(f"--batch_size {self.batch_size} does not divide by {world_size()} "
+                             f"processes")
+        if len(self.data) < self.batch_size:
+            raise InputError(f"{len(self.data)} images are fewer than --batch_size "
+                             f"{self.batch_size}: lower it or add images")
+        self.rows = local_rows(self.batch_size)  # a worker has no process group to ask
+        self.steps_per_epoch = len(self.data) // self.batch_size
+        self.in_workers = self.data.images is None
         self.waited = 0.0
 
     def index(self, step: int) -> Tensor:
         """This process's rows of the data at a step (B,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._permutation(epoch)[position * self.batch_size :][self.rows]
+        order = permutation(self.seed, epoch, len(self.data))
+        return order[position * self.batch_size :][self.rows]
 
-    @functools.lru_cache(maxsize=2)
-    def _permutation(self, epoch: int) -> Tensor:
-        return torch.from_numpy(np.random.default_rng([self.seed, epoch, 1000]).permutation(len(self.data)))
-
-    def draws(self, step: int) -> list[Tensor]:
-        """For each view, this process's uniform numbers (B, DRAWS)."""
-        return [draw(self.seed, step, v, self.batch_size, DRAWS)[self.rows] for v in range(len(self.views))]
-
-    def __getitem__(self, step: int) -> list[Tensor]:
-        """The crops of one step, uint8, from files: what a worker does."""
-        images = [read_image(self.data.paths[i]) for i in self.index(step).tolist()]
-        height, width = torch.tensor([image.shape[1:] for image in images]).T
+    def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """For each view the crops (B, 3, S, S), uint8 from files and in [0, 1] from memory, and
+        this process's uniform numbers (B, DRAWS)."""
+        index = self.index(step)
+        if self.data.images is None:
+            images = [read_image(self.data.paths[i]) for i in index.tolist()]
+            height, width = torch.tensor([image.shape[1:] for image in images]).T
+            resize = crop_and_resize_each
+        else:
+            images = self.data.images[index.to(self.data.images.device)].float() / 255
+            height, width = images.shape[-2:]
+            resize = crop_and_resize
         crops = []
-        for view, u in zip(self.views, self.draws(step), strict=True):
-            boxes = crop_boxes(u, height, width, view.scale).int().tolist()
-            crops.append(torch.stack([
-                tv.resized_crop(image, *box, [view.size, view.size], antialias=True)
-                for image, box in zip(images, boxes, strict=True)]))  # (B, 3, S, S)
+        for v, view in enumerate(self.views):
+            u = draw(self.seed, step, v, self.batch_size, DRAWS)[self.rows]
+            crops.append((resize(images, crop_boxes(u, height, width, view.scale), view.size), u))
         return crops
 
     def steps(self, start: int, stop: int):
-        if self.data.images is None:
-            from_files = iter(torch.utils.data.DataLoader(
+        device = torch.device(self.device)
+        mean = torch.tensor(self.mean, device=device)  # made once, since that waits for the device
+        std = torch.tensor(self.std, device=device)
+        if self.in_workers:
+            batches = iter(DataLoader(
                 self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
-                pin_memory=self.device.type == "cuda", generator=torch.Generator(), worker_init_fn=_leave_group))
+                pin_memory=device.type == "cuda", generator=torch.Generator(),
+                worker_init_fn=leave_process_group))
         else:
-            self.data.images = self.data.images.to(self.device)
+            self.data.images = self.data.images.to(device)
+            batches = map(self.__getitem__, range(start, stop))
         for step in range(start, stop):
             began = time.perf_counter()
-            index = self.index(step)
-            if self.data.images is None:
-                crops = [crop.to(self.device, non_blocking=True).float() / 255 for crop in next(from_files)]
-            else:
-                images = self.data.images[index.to(self.device, non_blocking=True)].float() / 255  # (B, 3, H, W)
-                crops = [crop_and_resize(images, crop_boxes(u, *images.shape[-2:], view.scale), view.size)
-                         for view, u in zip(self.views, self.draws(step), strict=True)]
+            crops = next(batches)
             self.waited += time.perf_counter() - began
             order = np.random.default_rng([self.seed, step, 1001]).permutation(4).tolist()
-            yield step, [normalize(augment(crop, view, u, order), self.mean, self.std)
-                         for crop, view, u in zip(crops, self.views, self.draws(step), strict=True)], index
+            views = []
+            for view, (x, u) in zip(self.views, crops, strict=True):
+                if x.dtype == torch.uint8:
+                    x = x.to(device, non_blocking=True).float() / 255
+                views.append(tv.normalize(augment(x, view, u, order), mean, std))
+            yield step, views, self.index(step)
 
 
-def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_workers=0, mean=MEAN, std=STD):
-    """Yields normalised whole images (B, 3, size, size), in the order of `rows`.
+def centre_crops(paths: list, size: int) -> Tensor:
+    """Files as uint8 (B, 3, size, size): the short side resized to size * 256 / 224, then cut."""
+    side, bicubic = [round(size * 256 / 224)], tv.InterpolationMode.BICUBIC
+    images = [tv.resize(read_image(path), side, bicubic, antialias=True) for path in paths]
+    return torch.stack([tv.center_crop(image, [size, size]) for image in images])
 
-    Images in memory are resized; files have their short side resized to size * 256 / 224, then the centre is cut out.
-    """
+
+def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_workers=0,
+                 mean=MEAN, std=STD):
+    """Yields normalised images (B, 3, size, size) in the order of `rows`: those in memory resized
+    as they are, files as `centre_crops`."""
     rows = torch.as_tensor(rows)
     if data.images is not None:
-        for chunk in rows.split(batch_size):
-            x = data.images[chunk.to(data.images.device)].to(device).float() / 255
-            if x.shape[-2:] != (size, size):
-                x = x.cpu() if x.device.type == "mps" else x  # which has no antialiased bicubic in torch 2.6
-                x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-            yield normalize(x.to(device), mean, std)
-        return
-    crops = _CentreCrops(data.paths, size)
-    for x in torch.utils.data.DataLoader(crops, batch_size, sampler=rows.tolist(), num_workers=num_workers,
-                                         generator=torch.Generator(),  # its own, so that nothing else is disturbed
-                                         worker_init_fn=_leave_group):
-        yield normalize(x.to(device).float() / 255, mean, std)
+        batches = (data.images[chunk.to(data.images.device)] for chunk in rows.split(batch_size))
+    else:
+        batches = DataLoader([data.paths[i] for i in rows.tolist()], batch_size,
+                             collate_fn=functools.partial(centre_crops, size=size),
+                             num_workers=num_workers, worker_init_fn=leave_process_group,
+                             generator=torch.Generator())  # leaves the global one alone
+    for x in batches:
+        x = x.to(device).float() / 255
+        if x.shape[-2:] != (size, size):
+            if x.device.type == "mps":  # has no antialiased bicubic in torch 2.6
+                x = x.cpu()
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        yield tv.normalize(x.to(device), mean, std)
 
 
-class _CentreCrops(torch.utils.data.Dataset):
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __getitem__(self, i):
-        image = tv.resize(read_image(self.paths[i]), [round(self.size * 256 / 224)], tv.InterpolationMode.BICUBIC, antialias=True)
-        return tv.center_crop(image, [self.size, self.size])
-
-
-# ---------------------------------------------------------------------------------------------------------- backbones
+# ------------------------------------------------------------------------------------ backbones
 
 
 class Attention(nn.Module):
@@ -674,58 +731,46 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q, k, v of shape (B, heads, T, D / heads)."""
-        B, T, D = x.shape
-        return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.scaled_dot_product_attention(*self.split(x))  # (B, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
-    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """(B, heads, T, T), or only the rows of the first `queries` tokens: each row sums to one."""
-        q, k, _ = self.split(x)
-        return (q[:, :, :queries] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `keep` (B, 2): factors of its two branches, 0 where stochastic depth drops one."""
+    """Transformer block; post_norm: each norm after its residual sum, as in Data2Vec2."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, post_norm: bool):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.post_norm = post_norm
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        if keep is None:
-            x = x + self.attn(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        x = x + keep[:, :1, None] * self.attn(self.norm1(x))
-        return x + keep[:, 1:, None] * self.mlp(self.norm2(x))
-
-    def attention(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """The weights (B, heads, T, T), or those of the first `queries` tokens, with which `forward` attends."""
-        return self.attn.weights(self.norm1(x), queries)
+        """keep (B, 2): factors of the two branches, 0 where stochastic depth drops one."""
+        if self.post_norm:
+            x = self.norm1(x + drop(self.attn(x), keep, 0))
+            return self.norm2(x + drop(self.mlp(x), keep, 1))
+        x = x + drop(self.attn(self.norm1(x)), keep, 0)
+        return x + drop(self.mlp(self.norm2(x)), keep, 1)
 
 
-class PostNormBlock(Block):
-    """The same parts as in the first transformer, and in Data2Vec2: each norm comes after its residual sum."""
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        keep = x.new_ones(len(x), 2) if keep is None else keep
-        x = self.norm1(x + keep[:, :1, None] * self.attn(x))
-        return self.norm2(x + keep[:, 1:, None] * self.mlp(x))
-
-    def attention(self, x: Tensor, queries: int | None = None) -> Tensor:
-        return self.attn.weights(x, queries)
+def drop(branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
+    return branch if keep is None else keep[:, which, None, None] * branch
 
 
 class PatchEmbed(nn.Module):
@@ -734,151 +779,185 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        return self.proj(x).flatten(2).mT  # (B, D, h, w) -> (B, N, D)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """(1, 1+N, D) fixed 2-D sine-cosine positions, zero for [CLS]: a quarter each for sin x, cos x, sin y, cos y."""
+    """(1, T, D) fixed positions: a quarter each for sin x, cos x, sin y, cos y; 0 for [CLS]."""
     if dim % 4:
         raise InputError(f"sine-cosine positions need a width that 4 divides, not {dim}")
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega  # (N, D/4) each
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
+    y = torch.arange(grid[0]).repeat_interleave(grid[1])[:, None] * omega  # (N, D/4)
+    x = torch.arange(grid[1]).repeat(grid[0])[:, None] * omega  # (N, D/4)
     patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()  # (N, D)
-    return torch.cat([torch.zeros(1, dim), patches])[None]  # (1, 1+N, D)
+    return F.pad(patches, (0, 0, 1, 0))[None]  # (1, T, D)
+
+
+def resize_positions(positions: Tensor, old, new, as_dino: bool) -> Tensor:
+    """(1, T, D) of an old grid, bicubically for a new one: exactly or, as_dino, with the factor
+    (n + 0.1) / m of DINO's and iBOT's code, which public weights were measured with."""
+    patches = positions[:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, D, h, w)
+    if as_dino:
+        factor = [(n + 0.1) / m for n, m in zip(new, old, strict=True)]
+        patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+    else:
+        patches = F.interpolate(patches, new, mode="bicubic")
+    return torch.cat([positions[:, :1].float(), patches.flatten(2).mT], 1)  # (1, T, D)
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in timm and DINO, with their state-dict keys; beyond those only `mask_token`, unused unless a mask is given.
+    """ViT as in timm and DINO, with their state-dict keys.
 
-    pos_embed: "learnt", or "sincos" for fixed ones. drop_path: stochastic depth, rising linearly to this at the last block.
-    post_norm: blocks as in Data2Vec2, a norm before the first and none after the last; its key is timm's for that place.
-    Weights start Xavier-uniform with q, k and v as three matrices (MoCo v3, MAE); the patch projection likewise.
+    pos_embed: "learnt", or "sincos" for fixed ones. drop_path: stochastic depth, rising linearly
+    to this at the last block. post_norm: Data2Vec2's blocks, a norm before the first and none
+    after the last. mask_token: adds that token, the one key beyond timm's. Weights start
+    Xavier-uniform, those of q, k and v as three matrices (MoCo v3, MAE).
     """
 
-    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, in_chans=3,
-                 pos_embed="learnt", drop_path=0.0, post_norm=False):
+    has_tokens = True
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
+                 mlp_ratio=4.0, in_chans=3, pos_embed="learnt", drop_path=0.0, post_norm=False,
+                 mask_token=False):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size:
-            raise InputError(f"image size {height} x {width} is not a multiple of patch size {patch_size}")
         if embed_dim % num_heads:
             raise InputError(f"--num_heads {num_heads} does not divide the width {embed_dim}")
-        self.embed_dim, self.patch_size, self.grid = embed_dim, patch_size, (height // patch_size, width // patch_size)
+        self.embed_dim = embed_dim
         self.layer_dims = [embed_dim] * depth
+        self.patch_size = patch_size
+        self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else [img_size] * 2))
+        self.positions_as_dino = False  # how other grids get theirs
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-        positions = sincos_positions(embed_dim, self.grid) if pos_embed == "sincos" else (
-            nn.init.trunc_normal_(torch.empty(1, 1 + math.prod(self.grid), embed_dim), std=0.02))
-        self.pos_embed = nn.Parameter(positions, requires_grad=pos_embed != "sincos")
-        block, norm = PostNormBlock if post_norm else Block, nn.LayerNorm(embed_dim, eps=1e-6)
-        self.norm_pre = norm if post_norm else nn.Identity()
-        self.blocks = nn.ModuleList(block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.Identity() if post_norm else norm
-        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
-        self.as_dino = False  # how positions are resized: see `positions`
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                fan_out = module.out_features // (3 if name.endswith("qkv") else 1)
-                bound = math.sqrt(6 / (module.in_features + fan_out))
-                nn.init.uniform_(module.weight, -bound, bound)
-                nn.init.zeros_(module.bias)
-        bound = math.sqrt(6 / (in_chans * patch_size**2 + embed_dim))
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, 1+N, D) for a grid of patches, resized bicubically where it is not the one that was built: to the exact grid or,
-        for other people's files, by the factor (n + 0.1) / m of DINO's and iBOT's code, with which they were measured."""
-        if grid == self.grid:
-            return self.pos_embed
-        patches = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2).float()  # (1, D, h, w)
-        if self.as_dino:
-            factor = [(n + 0.1) / m for n, m in zip(grid, self.grid, strict=True)]
-            patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        if pos_embed == "sincos":
+            self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid), False)
         else:
-            patches = F.interpolate(patches, grid, mode="bicubic")
-        patches = patches.flatten(2).transpose(1, 2)  # (1, N, D)
-        return torch.cat([self.pos_embed[:, :1], patches.to(self.pos_embed.dtype)], 1)
+            positions = torch.empty(1, 1 + math.prod(self.grid), embed_dim)
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
+        norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm_pre = norm if post_norm else nn.Identity()
+        blocks = [Block(embed_dim, num_heads, mlp_ratio, post_norm) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.Identity() if post_norm else norm
+        self.drop_rates = np.linspace(0, drop_path, depth).tolist()
+        layers = [item for item in self.named_modules() if isinstance(item[1], nn.Linear)]
+        for name, layer in [*layers, ("patch_embed.proj", self.patch_embed.proj)]:
+            matrices = 3 if name.endswith("qkv") else 1
+            bound = math.sqrt(6 / (layer.weight[0].numel() + len(layer.weight) // matrices))
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.zeros_(layer.bias)
 
-    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) -> what enters the first block (B, 1+N, D)."""
-        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
-            raise InputError(f"images of {x.shape[-2]} x {x.shape[-1]} are not a multiple of patch size {self.patch_size}")
-        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        if height % self.patch_size or width % self.patch_size:
+            raise InputError(f"image size {height} x {width} is not a multiple of patch size "
+                             f"{self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
+        """Positions (1, T, D) of a file, for the grid of this model instead of a square one."""
+        side = math.isqrt(positions.shape[1] - 1)
+        if side**2 + 1 != positions.shape[1]:
+            return positions  # of no square grid: loading them says so
+        return resize_positions(positions, (side, side), self.grid, as_dino)
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) -> what enters the first block (B, T, D)."""
+        grid = self.grid_of(*x.shape[-2:])
         x = self.patch_embed(x)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions(grid)  # (B, 1+N, D)
-        return self.norm_pre(x)
+        positions = self.pos_embed
+        if grid != self.grid:
+            positions = resize_positions(positions, self.grid, grid, self.positions_as_dino)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B, T, D)
+        return self.norm_pre(x + positions)
 
-    def block_outputs(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
-        """Every block's output (B, 1+N, D), before the final norm.
-
-        noise: uniform numbers (B, 2 * depth) that decide stochastic depth in training; drawn here when absent.
-        """
-        x, outputs = self.tokens(x, mask), []
+    def block_outputs(self, x: Tensor, mask: Tensor | None = None,
+                      noise: Tensor | None = None) -> list[Tensor]:
+        """Every block's output (B, T, D), before the final norm. noise: the uniform numbers
+        (B, 2 * L) that decide stochastic depth in training; default: drawn here."""
+        x = self.embed(x, mask)
+        if noise is None and self.training and self.drop_rates[-1] > 0:
+            noise = torch.rand(len(x), 2 * len(self.blocks), device=x.device)
+        outputs = []
         for i, (block, rate) in enumerate(zip(self.blocks, self.drop_rates, strict=True)):
             keep = None
             if self.training and rate > 0:
-                u = torch.rand(len(x), 2, device=x.device) if noise is None else noise[:, 2 * i : 2 * i + 2]
-                keep = (u >= rate).to(x.dtype) / (1 - rate)  # (B, 2)
+                keep = (noise[:, 2 * i : 2 * i + 2] >= rate).to(x.dtype) / (1 - rate)  # (B, 2)
             x = block(x, keep)
             outputs.append(x)
         return outputs
 
-    def forward_features(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """(B, 1+N, D) after the final norm. mask: bool (B, N), True where a patch becomes the mask token."""
+    def forward_features(self, x: Tensor, mask: Tensor | None = None,
+                         noise: Tensor | None = None) -> Tensor:
+        """(B, T, D) after the final norm. mask: bool (B, N), True for the mask token."""
         return self.norm(self.block_outputs(x, mask, noise)[-1])
 
     def forward(self, x: Tensor, layers: bool = False):
-        """[CLS] after the final norm (B, D); with `layers` a list of L of them, one for each block."""
-        outputs = self.block_outputs(x)
-        return [self.norm(y[:, 0]) for y in outputs] if layers else self.norm(outputs[-1][:, 0])
+        """[CLS] after the final norm (B, D); with `layers` a list of one for each block."""
+        outputs = [self.norm(y[:, 0]) for y in self.block_outputs(x)[0 if layers else -1 :]]
+        return outputs if layers else outputs[-1]
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """The last n blocks' outputs (B, 1+N, D), each through the final norm."""
+        """The last n blocks' outputs (B, T, D), each through the final norm."""
         return [self.norm(y) for y in self.block_outputs(x)[-n:]]
 
+    def tokens(self, x: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
+        grid = self.grid_of(*x.shape[-2:])
+        return [(y[:, 0], y[:, 1:].unflatten(1, grid)) for y in self.get_intermediate_layers(x, n)]
+
     def get_last_selfattention(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """(B, heads, 1+N, 1+N): the last block's attention; with queries=1 that of [CLS] alone, (B, heads, 1, 1+N)."""
-        x = self.tokens(x)
+        """(B, heads, T, T): the last block's attention; queries=1: the row of [CLS] alone."""
+        x = self.embed(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attention(x, queries)
+        last = self.blocks[-1]
+        q, k, _ = last.attn.split(x if last.post_norm else last.norm1(x))
+        return (q[:, :, :queries] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
-def _vit(**defaults):
-    return lambda **kwargs: VisionTransformer(**{**defaults, **kwargs})
-
-
-vit_nano = _vit(embed_dim=96, depth=4, num_heads=3)  # ours, for images of a few pixels; the others are timm's sizes
-vit_tiny = _vit(embed_dim=192, depth=12, num_heads=3)
-vit_small = _vit(embed_dim=384, depth=12, num_heads=6)
-vit_base = _vit(embed_dim=768, depth=12, num_heads=12)
-vit_large = _vit(embed_dim=1024, depth=24, num_heads=16)
-VITS = dict(vit_nano=vit_nano, vit_tiny=vit_tiny, vit_small=vit_small, vit_base=vit_base, vit_large=vit_large)
+# vit_nano is ours, for images of a few pixels; the others have timm's sizes
+vit_nano = functools.partial(VisionTransformer, embed_dim=96, depth=4, num_heads=3)
+vit_tiny = functools.partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3)
+vit_small = functools.partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6)
+vit_base = functools.partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12)
+vit_large = functools.partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16)
+VITS = dict(vit_nano=vit_nano, vit_tiny=vit_tiny, vit_small=vit_small, vit_base=vit_base,
+            vit_large=vit_large)
 RESNETS = {"resnet18": ("BasicBlock", [2, 2, 2, 2]), "resnet34": ("BasicBlock", [3, 4, 6, 3]),
            "resnet50": ("Bottleneck", [3, 4, 6, 3]), "resnet101": ("Bottleneck", [3, 4, 23, 3])}
 
 
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet without its classifier; under 64 pixels a 3x3 stride-1 stem without max-pooling.
+    """torchvision's ResNet without its classifier; under 64 pixels its stem is a 3x3 convolution
+    of stride 1 without pooling. A layer is one of the four stages, averaged over the image.
 
-    A "layer" is one of the four stages, averaged over the image. BatchNorm statistics span the global batch.
+    What every backbone has: `embed_dim` and `layer_dims`, widths of its output and its layers;
+    `patch_size` and `patch_embed`, 1 and None if there are no patches; `forward(x, layers=False)`;
+    `has_tokens`. If that is true, `tokens(x, n)`: of the last n layers [CLS] (B, D) and patches
+    (B, h, w, D), normalised, and `block_outputs(x)`: of all layers (B, T, D), not normalised.
     """
+
+    has_tokens = False
+    patch_size = 1
+    patch_embed = None
 
     def __init__(self, block: str, depths: list[int], img_size: int = 224):
         super().__init__(getattr(torchvision.models.resnet, block), depths, norm_layer=BatchNorm)
-        self.embed_dim, self.fc = self.fc.in_features, nn.Identity()
-        self.layer_dims = [self.embed_dim // 8, self.embed_dim // 4, self.embed_dim // 2, self.embed_dim]
+        self.embed_dim = self.fc.in_features
+        self.layer_dims = [self.embed_dim // 8, self.embed_dim // 4, self.embed_dim // 2,
+                           self.embed_dim]
+        self.fc = nn.Identity()
         if img_size < 64:
-            self.conv1, self.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+            self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            self.maxpool = nn.Identity()
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, layers: bool = False):
-        """The last stage averaged over the image (B, D); with `layers` a list of the four stages, (B, D_l) each."""
+        """The last stage (B, D); with `layers` a list of the four, (B, D_l) each."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         pooled = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -888,107 +967,118 @@ class ResNet(torchvision.models.ResNet):
 
 
 class TimmBackbone(nn.Module):
-    """Any timm model behind the same call, which pools as timm does; `layers` wants a ViT that pools by [CLS].
-
-    `model` holds the weights, with timm's keys.
-    """
+    """Any timm model, kept in `model`, with its own pooling and normalisation. Layers and tokens
+    are those of ViTs with [CLS]."""
 
     def __init__(self, name: str, img_size: int | None, pretrained: bool):
         super().__init__()
         import timm
 
         if not timm.is_model(name):
-            raise InputError(f"timm has no model {name!r}: timm.list_models() names them")
-        size, dynamic = {"img_size": img_size} if img_size else {}, {"dynamic_img_size": True}  # other sizes resize positions
+            raise InputError(f"timm has no model {name!r}: timm.list_models() names all")
+        if pretrained:
+            look_for_hub()
         try:
-            for options in (size | ({} if name.startswith("beit") else dynamic), size, {}):
-                try:
-                    self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-                    break
-                except TypeError:  # not an option of this model
-                    if not options:
-                        raise
-            data = timm.data.resolve_model_data_config(self.model)
-            self.mean, self.std, self.img_size = data["mean"], data["std"], data["input_size"][1]
-            side, training = img_size or self.img_size, self.model.training
-            with torch.no_grad():
-                self.embed_dim = self.model.eval()(torch.zeros(1, 3, side, side)).shape[1]
+            options = {"img_size": img_size, "dynamic_img_size": True}
+            with torch.device("meta"):  # to see which of these its class, or a parent, takes
+                classes = type(timm.create_model(name)).__mro__
+            known = {option for cls in classes for option in inspect.signature(cls).parameters}
+            options = {key: options[key] for key in options if key in known and options[key]}
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         except Exception as error:
-            what = f"timm/{name}" + (f" for images of {img_size} pixels" if img_size else "")
-            raise InputError(f"cannot make {what} ({' '.join(str(error).split())[:160]})") from None
-        self.model.train(training)
+            raise InputError(f"cannot make timm/{name} for images of {img_size} pixels "
+                             f"({one_line(error)})") from None
+        config = timm.data.resolve_model_data_config(self.model)
+        self.mean = config["mean"]
+        self.std = config["std"]
+        self.img_size = config["input_size"][1]
+        self.embed_dim = self.model.head_hidden_size
         self.layer_dims = [self.embed_dim] * len(getattr(self.model, "blocks", [None]))
-        self.has_tokens = hasattr(self.model, "get_intermediate_layers") and getattr(self.model, "cls_token", None) is not None
-        for module in self.model.modules():  # statistics of the global batch
-            if isinstance(module, nn.BatchNorm2d):
-                module.__class__ = _TimmBatchNorm if hasattr(module, "act") else BatchNorm
+        self.has_tokens = getattr(self.model, "cls_token", None) is not None
+        self.has_tokens &= hasattr(self.model, "get_intermediate_layers")
+
+    @property
+    def patch_embed(self):
+        return getattr(self.model, "patch_embed", None)
+
+    def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
+        from timm.layers import resample_abs_pos_embed
+
+        grid = self.model.patch_embed.grid_size
+        prefix = self.model.pos_embed.shape[1] - math.prod(grid)
+        return resample_abs_pos_embed(positions.float(), grid, num_prefix_tokens=prefix)
+
+    @property
+    def patch_size(self) -> int:
+        return self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else 1
 
     def forward(self, x: Tensor, layers: bool = False):
         if not layers:
             return self.model(x)  # (B, D)
-        if self.model.global_pool != "token" or hasattr(self.model, "dist_token"):
-            raise InputError("the layers of a timm model are to be had only where its own output is [CLS]")
-        return [cls for cls, _ in self.tokens(x, len(self.layer_dims))]  # L of (B, D)
+        pooled = getattr(self.model, "global_pool", None)
+        if not self.has_tokens or pooled != "token" or hasattr(self.model, "dist_token"):
+            raise InputError("layers of a timm model are to be had if its own output is [CLS]")
+        return [cls for cls, _ in self.tokens(x, len(self.layer_dims))]
 
-    def tokens(self, x: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-        """[CLS] (B, D) and patch tokens (B, N, D), after the final norm, of the last n layers."""
-        if not self.has_tokens:
-            raise InputError("tokens of a timm model are to be had from its ViTs with [CLS] only")
+    def tokens(self, x: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
         outputs = self.model.get_intermediate_layers(x, n=n, return_prefix_tokens=True, norm=True)
-        return [(prefix[:, 0], patches) for patches, prefix in outputs]
+        h = x.shape[-2] // self.patch_size
+        return [(prefix[:, 0], patches.unflatten(1, (h, -1))) for patches, prefix in outputs]
+
+    def block_outputs(self, x: Tensor) -> list[Tensor]:
+        outputs = self.model.forward_intermediates(
+            x, norm=False, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)
+        return [torch.cat([prefix, patches], 1) for patches, prefix in outputs]
 
 
-def patch_side(backbone) -> int:
-    """Pixels that the sides of an image must be a multiple of."""
-    embed = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
-    return embed.proj.kernel_size[0] if isinstance(embed, PatchEmbed) else embed.feat_ratio() if hasattr(embed, "feat_ratio") else 1
+def look_for_hub() -> None:
+    """Tries once whether the hub of timm's weights answers; if not, only its cache is used."""
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=5)
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError:
+        constants.HF_HUB_OFFLINE = True  # spares a minute of retries
 
 
-def has_tokens(backbone) -> bool:
-    """Whether `token_layers` is to be had."""
-    return getattr(backbone, "has_tokens", hasattr(backbone, "get_intermediate_layers"))
-
-
-def token_layers(backbone, x: Tensor, layers: bool) -> list[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) -> [CLS] (B, D) and patch tokens (B, h, w, D), after the final norm, of all layers or of the last."""
-    n, side = len(backbone.layer_dims) if layers else 1, patch_side(backbone)
-    if isinstance(backbone, TimmBackbone):
-        outputs = backbone.tokens(x, n)
-    else:
-        outputs = [(tokens[:, 0], tokens[:, 1:]) for tokens in backbone.get_intermediate_layers(x, n)]
-    return [(cls, patches.unflatten(1, (x.shape[-2] // side, x.shape[-1] // side))) for cls, patches in outputs]
-
-
-def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16, pretrained=False, **options) -> nn.Module:
-    """A backbone by name: `vit_*`, `resnet*` or `timm/NAME`. Options are the ViT's; those that are None keep its default."""
-    options = {name: value for name, value in options.items() if value is not None}
+def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16, pretrained=False,
+                    **options) -> nn.Module:
+    """A backbone by name: `vit_*`, `resnet*` or `timm/NAME`; options: our ViTs', None: default."""
     if arch in VITS:
+        options = {name: value for name, value in options.items() if value is not None}
         return VITS[arch](img_size=img_size, patch_size=patch_size, **options)
     if arch in RESNETS:
         return ResNet(*RESNETS[arch], img_size=img_size)
-    if arch.startswith("timm/"):
-        return TimmBackbone(arch.removeprefix("timm/"), img_size, pretrained)
-    raise InputError(f"unknown --arch {arch}: use one of {' '.join([*VITS, *RESNETS])} or timm/NAME")
+    if not arch.startswith("timm/"):
+        raise InputError(f"unknown --arch {arch}: use one of {' '.join([*VITS, *RESNETS])} or "
+                         f"timm/NAME")
+    backbone = TimmBackbone(arch.removeprefix("timm/"), img_size, pretrained)
+    side = img_size or backbone.img_size
+    if side % backbone.patch_size:
+        raise InputError(f"images of {side} pixels are not a multiple of patch size "
+                         f"{backbone.patch_size} of {arch}")
+    return backbone
 
 
-# ---------------------------------------------------------------------------------------------------------------- EMA
+# ------------------------------------------------------ EMA, schedules, groups of parameters
 
 
 @torch.no_grad()
 def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """In place, for every parameter: teacher = momentum * teacher + (1 - momentum) * student.
 
-    Buffers are left alone: a teacher that runs in training mode keeps BatchNorm statistics of its own forward passes.
+    Buffers are left alone: a teacher in training mode keeps BatchNorm statistics of its own.
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - momentum)
 
 
-# ------------------------------------------------------------------------------------- schedules and parameter groups
-
-
-def cosine_schedule(base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> np.ndarray:
-    """A value for each of `total` steps: linspace(start, base, warmup), then half a cosine from base towards final."""
+def cosine_schedule(base: float, final: float, total: int, warmup: int = 0,
+                    start: float = 0.0) -> np.ndarray:
+    """`total` values: linspace(start, base, warmup), then half a cosine from base to final."""
     warmup = min(warmup, total)
     i = np.arange(total - warmup)
     cosine = final + (base - final) * (1 + np.cos(np.pi * i / max(total - warmup, 1))) / 2
@@ -996,36 +1086,43 @@ def cosine_schedule(base: float, final: float, total: int, warmup: int = 0, star
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: weight decay for matrices, none for biases, norms, tokens and positions."""
-    groups = {True: [], False: []}
+    """Trainable parameters: matrices with weight decay; biases, norms, tokens and positions
+    without."""
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
+        token = name.endswith(("cls_token", "mask_token", "pos_embed"))
+        group = others if token or parameter.ndim <= 1 else decayed
         if parameter.requires_grad:
-            single = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in ("cls_token", "mask_token", "pos_embed")
-            groups[single].append(parameter)
-    return [{"params": groups[False], "weight_decay": weight_decay}, {"params": groups[True], "weight_decay": 0.0}]
+            group.append(parameter)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
-# -------------------------------------------------------------------------------------------------------- collectives
+# ---------------------------------------------------------------------------------- collectives
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.rows = len(x)
+        ctx.B = len(x)
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hand the same one to other tensors
+        # a copy, since autograd may hand the same gradient to other tensors
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # what every process asks of every row
-        return gradient[rank() * ctx.rows :][: ctx.rows]
+        return gradient[rank() * ctx.B :][: ctx.B]
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each process -> (W * B, ...) in the order of the processes, on all of them; differentiable."""
-    return x if world_size() == 1 else _Gather.apply(x)
+    """(B, ...) of each process -> (M, ...) in the order of the processes, on all of them.
+
+    Differentiable: with the average over processes that DDP takes, the gradient of a loss over
+    gathered rows is the one that a single process would have.
+    """
+    return x if world_size() == 1 else Gather.apply(x)
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -1042,22 +1139,23 @@ def barrier() -> None:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm of (B, C) or (B, C, ...) over the global batch, on any device; nn.BatchNorm2d's state-dict keys.
+    """BatchNorm of (B, C) or (B, C, ...) over the global batch, on any device, with the keys of
+    nn.BatchNorm2d. Where `across_processes` is set to False: over each process's own images."""
 
-    With several processes, the local means and variances are gathered and combined, one collective each way.
-    """
+    across_processes = True
 
     def _check_input_dim(self, x):
         if x.ndim < 2:
             raise ValueError(f"expected (B, C, ...), got {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+        if not self.training or world_size() == 1 or not self.across_processes:
             return super().forward(x)
-        y = _raised(x)
+        y = to_fp32(x)
         over = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        variances, means = gather(torch.stack(torch.var_mean(y, over, correction=0))[None]).unbind(1)  # (W, C) each
+        local = torch.stack(torch.var_mean(y, over, correction=0))  # (2, C)
+        variances, means = gather(local[None]).unbind(1)  # (processes, C) each
         mean = means.mean(0)  # (C,)
         variance = (variances + (means - mean) ** 2).mean(0)  # (C,)
         with torch.no_grad():
@@ -1071,245 +1169,239 @@ class BatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-class _TimmBatchNorm(BatchNorm):
-    """timm's BatchNormAct2d, over the global batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
-
-
 def distributed(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel where there are several processes: gradients averaged, buffers left alone."""
+    """DistributedDataParallel for several processes: gradients averaged, buffers left alone."""
     if world_size() == 1:
         return model
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, BatchNorm):
-            raise InputError(f"{name} normalises over the images of one process alone: use another --arch, or one process")
+        foreign = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if foreign and not isinstance(module, BatchNorm):
+            raise InputError(f"{name} normalises over the images of one process alone: use another "
+                             f"--arch, or one process")
     ddp = nn.parallel.DistributedDataParallel
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
-    return ddp(model, devices, gradient_as_bucket_view=True, **{buffers: False})  # the second name is that of torch < 2.13 or so
+    buffers = "broadcast_buffers"
+    if "forward_sync_buffers" in inspect.signature(ddp).parameters:  # its name in newer versions
+        buffers = "forward_sync_buffers"
+    return ddp(model, gradient_as_bucket_view=True, **{buffers: False})
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- weights
 
-
-def save_file(content, path: Path) -> None:
-    """torch.save to a temporary file, flushed to the disk, then renamed: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says that a disk is full
-        reason = " ".join(str(error).split())[-160:]
-        raise OSError(f"cannot write {path} ({reason})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-WEIGHT_KEYS = ("student", "teacher", "state_dict", "model")  # under one of these, or bare, a checkpoint keeps its weights
-
-
-def read_checkpoint(path) -> dict:
-    """Tensors and plain containers of a file, on the CPU. Raises InputError with what to do for anything else."""
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise InputError(
-                f"{path} holds pickled Python objects beside its tensors, and loading those can run code; where you trust it, "
-                f"convert it once: python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
-                f"torch.save({{k: v for k, v in c.items() if k in {WEIGHT_KEYS} or isinstance(v, torch.Tensor)}}, "
-                f"'clean.pth')\"") from None
-        raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
-    if not all(isinstance(key, str) for key in checkpoint):
-        raise InputError(f"{path} is not a checkpoint: the keys of its dictionary are not names")
-    return checkpoint
-
-
-def meta_of(checkpoint: dict) -> dict:
-    """What a checkpoint of this repository says of its backbone: arch and sizes under `backbone`, mean, std; {} for others."""
-    meta = checkpoint.get("meta")
-    return dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}
-
-
-PREFIXES = {  # of keys, by network; None: of either
+PARTS = ("student", "teacher", "state_dict", "model")  # where a checkpoint may keep its weights
+PREFIXES = {  # of the keys, by network; None: of either
     None: ("module.", "_orig_mod.", "backbone.", "model.", "net."),
     "student": ("base_encoder.", "student."),
     "teacher": ("momentum_encoder.", "teacher."),
 }
-OTHERS = ("head", "fc.", "classifier.", "pre_logits.", "project", "predict", "pred_", "decoder", "prototypes", "queue", "lm_head.",
-          "mask_token", "masked_embed")  # what a file may hold beside a backbone
+HEADS = ("head", "fc.", "classifier.", "pre_logits.", "project", "predict", "pred_", "decoder",
+         "prototypes", "queue", "lm_head.", "mask_token", "masked_embed")  # beside a backbone
 
 
-def backbone_weights(checkpoint: dict, network: str | None = None) -> dict:
-    """Weights out of a checkpoint of this repository, DINO, iBOT, MoCo v3, SDSSL, SimDis or timm; heads may be among them.
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary name that becomes `path` when the block ends: a reader sees the old file
+    or the new one, and an error leaves nothing behind."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, of a full disk
+        raise OSError(f"cannot write {path} ({one_line(error)})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    network: "student" or "teacher". Default: what `backbone.pth` holds for our files; for others the teacher under DINO's
-    and iBOT's key `teacher`, and the student of MoCo v3, SDSSL and SimDis.
+
+def save_file(content, path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(path) -> dict:
+    """Tensors and plain containers of a file, on the CPU; InputError for anything else."""
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not any(f"Unsupported {kind}" in str(error) for kind in ("global", "class")):
+            raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
+        wanted = f"{{k: v for k, v in c.items() if k in {PARTS} or torch.is_tensor(v)}}"
+        raise InputError(f"{path} holds pickled Python objects, and loading those can run code; if "
+                         f"you trust it, convert it once: python -c \"import torch; "
+                         f"c = torch.load('{path}', 'cpu', weights_only=False); "
+                         f"torch.save({wanted}, 'clean.pth')\"") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path} is not a checkpoint: it holds no weights under their names")
+    return content
+
+
+def meta_of(content: dict) -> dict:
+    """What a checkpoint of this repository says of its backbone; {} for other files."""
+    meta = content.get("meta")
+    return dict(meta) if isinstance(meta, dict) and "backbone" in meta else {}
+
+
+def backbone_weights(content: dict, network: str | None = None) -> dict:
+    """Weights out of a checkpoint of this repository, DINO, iBOT, MoCo v3, SDSSL, SimDis or timm.
+
+    network: "student" or "teacher"; default: what our meta says, else the teacher of files that
+    have one as a part (DINO, iBOT), the student of others.
     """
-    meta = checkpoint.get("meta")
-    network = network or (meta.get("network") if isinstance(meta, dict) else None)
-    if network and network not in checkpoint and {"student", "teacher"} & set(checkpoint):
-        raise InputError(f"the checkpoint has no {network} network: pass --network with the one that it has")
-    weights = checkpoint
-    for key in ([network] if network else ["teacher", "student"]) + ["state_dict", "model"]:
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-    prefixes, found = PREFIXES[None] + PREFIXES[network or "student"], True
-    while found:  # until none is left; a prefix that is there marks what belongs to us
-        found = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)]
-        if found:
-            weights = {key.removeprefix(found[0]): value for key, value in weights.items() if key.startswith(found[0])}
+    meta = content.get("meta")
+    if not network and isinstance(meta, dict):
+        network = meta.get("network")
+    if network and network not in content and {"student", "teacher"} & content.keys():
+        raise InputError(f"the checkpoint has no {network}: pass --network with what it has")
+    weights = content
+    for part in (network, "teacher", "student", "state_dict", "model"):
+        if isinstance(content.get(part), dict):
+            weights = content[part]
+            break
+    prefixes = PREFIXES[None] + PREFIXES[network or "student"]
+    before = None
+    while weights is not before:  # until none is left
+        before = weights
+        for prefix in prefixes:
+            below = {key.removeprefix(prefix): value for key, value in weights.items()
+                     if key.startswith(prefix)}
+            weights = below or weights
     return weights
 
 
-def load_weights(model: nn.Module, weights: dict, source) -> None:
-    """Loads a backbone's state dict, of which only a mask token may be absent. Positions of another grid bring their grid."""
-    model = model.model if isinstance(model, TimmBackbone) else model
+def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = False) -> None:
+    """Loads all weights of a backbone. Heads and the like are named and left out; positions of
+    another grid are resized to the one that was built."""
+    model = getattr(backbone, "model", backbone)
     ours = model.state_dict()
-    if "mask_token" in ours and "masked_embed" in weights and "mask_token" not in weights:  # iBOT's name for it
+    if "mask_token" in ours and "masked_embed" in weights:  # iBOT's name for it
         weights = {**weights, "mask_token": weights["masked_embed"]}
-    if "mask_token" in ours and getattr(weights.get("mask_token"), "shape", None) != ours["mask_token"].shape:  # MAE's decoder's
-        weights = {key: value for key, value in weights.items() if key != "mask_token"}
-    left_out = sorted({key.split(".")[0] for key in weights if key not in ours and key.startswith(OTHERS)})
-    weights = {key: value for key, value in weights.items() if key in ours or not key.startswith(OTHERS)}
     missing = [key for key in ours if key not in weights and key != "mask_token"]
-    unexpected = [key for key in weights if key not in ours]
-    if missing or unexpected:
-        what = f"{len(missing)} keys are missing" + (f" (first: {missing[0]})" if missing else "")
-        what += f", {len(unexpected)} are unknown" + (f" (first: {unexpected[0]})" if unexpected else "")
-        raise InputError(f"{source} does not fit this architecture: {what}; check --arch and --network")
-    if set(left_out) - {"mask_token", "masked_embed"}:
-        log(f"{source}: left out, since not of the backbone: {' '.join(left_out)}")
+    extra = [key for key in weights if key not in ours]
+    unknown = [key for key in extra if not key.startswith(HEADS)]
+    if missing or unknown:
+        raise InputError(f"{source} does not fit this architecture: {len(missing)} keys are "
+                         f"missing ({' '.join(missing[:2])}), {len(unknown)} are unknown "
+                         f"({' '.join(unknown[:2])}); check --arch and --network")
+    if extra:
+        parts = sorted({key.split(".")[0] for key in extra})
+        log(f"{source}: left out, since not of the backbone: {' '.join(parts)}")
+    weights = {key: weights[key] for key in ours if key in weights}
     for key, value in weights.items():
-        if not isinstance(value, Tensor) or value.ndim != ours[key].ndim:
-            raise InputError(f"{source} does not fit this architecture: {key} is no tensor of {ours[key].ndim} dimensions")
-        if not value.isfinite().all():
-            raise InputError(f"{source} is damaged: {key} holds numbers that are not finite")
-    positions, own = weights.get("pos_embed"), isinstance(model, VisionTransformer)
-    if positions is not None and positions.shape != model.pos_embed.shape and (own or hasattr(model, "set_input_size")):
-        extra = model.pos_embed.shape[1] - math.prod(model.grid if own else model.patch_embed.grid_size)  # [CLS] and the like
-        side = math.isqrt(max(0, positions.shape[1] - extra))
-        if positions.shape[1:] == (extra + side**2, model.embed_dim):
-            if own:
-                model.grid, model.pos_embed.data = (side, side), torch.empty_like(positions, dtype=torch.float32)
-            else:
-                model.set_input_size([side * patch for patch in model.patch_embed.patch_size])
-            ours = model.state_dict()
-    for key, value in weights.items():
-        if ours[key].shape != value.shape:
-            raise InputError(f"{source} does not fit this architecture: {key} is {tuple(value.shape)}, expected "
-                             f"{tuple(ours[key].shape)}; check --arch, --patch_size and --img_size")
-    model.load_state_dict(weights, strict=False)
+        if not isinstance(value, Tensor) or not value.isfinite().all():
+            raise InputError(f"{source} is damaged: {key} does not hold finite numbers")
+    positions = weights.get("pos_embed", torch.empty(0))
+    try:
+        if positions.ndim == 3 and positions.shape != ours["pos_embed"].shape:
+            weights["pos_embed"] = backbone.resized(positions, as_dino)
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{source} does not fit this architecture: {one_line(error)}; check "
+                         f"--arch, --patch_size and --img_size") from None
+
+
+def position_grid(weights: dict) -> tuple[int, int] | None:
+    """The square grid of patches that a file's positions (1, T, D) were made for."""
+    positions = weights.get("pos_embed")
+    if not isinstance(positions, Tensor) or positions.ndim != 3:
+        return None
+    side = math.isqrt(positions.shape[1] - 1)
+    return (side, side) if side**2 + 1 == positions.shape[1] else None
+
+
+def is_moco_small(weights: dict, content: dict) -> bool:
+    """Whether this is MoCo v3's ViT-S, which has 12 heads where all others have 6. Shapes do not
+    tell, but the names in its own files do, and its positions: sines with x and y exchanged."""
+    grid = position_grid(weights)
+    if grid is None or weights["pos_embed"].shape[2] != 384:
+        return False
+    exchanged = sincos_positions(384, grid).roll(192, 2)
+    names = content.get("state_dict", ())
+    return (any("base_encoder." in name for name in names)
+            or torch.allclose(weights["pos_embed"].float(), exchanged, atol=1e-3))
 
 
 def start_from(backbone: nn.Module, path: str) -> None:
-    """--init: loads a backbone's weights from a file; positions of another grid are resized to the one that was built."""
-    content, grid = read_checkpoint(path), getattr(backbone, "grid", None)
+    """--init: loads a backbone's weights from a file."""
+    content = read_checkpoint(path)
     weights = backbone_weights(content)
-    heads = moco_heads(content, weights, backbone.embed_dim)
-    if grid and heads and heads != backbone.blocks[0].attn.num_heads:
-        raise InputError(f"{path} is MoCo v3's, whose ViT-S has {heads} heads and not {backbone.blocks[0].attn.num_heads}: "
-                         f"pass --num_heads {heads}, which sdssl.py has")
-    load_weights(backbone, weights, path)
-    if grid and backbone.grid != grid:
-        backbone.as_dino = not meta_of(content)
-        backbone.pos_embed.data, backbone.grid = backbone.positions(grid).detach(), grid  # (1, 1+N, D)
-        backbone.as_dino = False
-
-
-def moco_heads(checkpoint: dict, weights: dict, width: int) -> int | None:
-    """12 for MoCo v3's ViT-S, which has other heads than everybody's; None for all others.
-
-    Shapes do not tell, but the keys of its own files do and, where a conversion renamed them, its fixed positions: our
-    sine-cosine table with x and y exchanged.
-    """
-    content, positions = checkpoint.get("state_dict"), weights.get("pos_embed")
-    if width != 384:
-        return None
-    if isinstance(content, dict) and any("base_encoder." in key for key in content):
-        return 12
-    if not isinstance(positions, Tensor) or positions.ndim != 3 or positions.shape[2] != width:
-        return None
-    side = math.isqrt(max(0, positions.shape[1] - 1))
-    if positions.shape[1] != 1 + side**2:
-        return None
-    exchanged = sincos_positions(width, (side, side)).roll(width // 2, 2)
-    return 12 if torch.allclose(positions.float(), exchanged, atol=1e-3) else None
+    if is_moco_small(weights, content) and backbone.blocks[0].attn.num_heads != 12:
+        raise InputError(f"{path} is MoCo v3's ViT-S of 12 heads: pass --num_heads 12, which "
+                         f"sdssl.py has")
+    load_weights(backbone, weights, path, as_dino=not meta_of(content))
 
 
 def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=None, network=None,
                   num_heads=None) -> tuple[nn.Module, dict]:
-    """-> a backbone in evaluation mode, and its meta: arch, img_size, patch_size, mean, std ...
+    """-> a frozen backbone in evaluation mode, and its meta: backbone, img_size, mean, std ...
 
-    Our own `checkpoint.pth` says all of that itself. Other files need `arch` (and for ViTs `patch_size`, and `num_heads` where
-    it is not timm's; a file of MoCo v3 has 12 for vit_small). Without a file: random weights, or timm's pretrained ones for
-    `timm/NAME`.
+    Our own `checkpoint.pth` says all of that. Other files need `arch` (and for ViTs `patch_size`
+    and, if it is not timm's, `num_heads`). Without a file: random weights, or timm's for timm/NAME.
     """
     content = read_checkpoint(checkpoint) if checkpoint else {}
+    weights = backbone_weights(content, network)
     meta = meta_of(content)
-    if not meta and not arch:
-        raise InputError(f"{checkpoint or 'the command'} does not say which architecture: pass --arch (and --patch_size)")
-    if meta and arch and arch != meta["backbone"]["arch"]:
-        raise InputError(f"{checkpoint} holds a {meta['backbone']['arch']}, not --arch {arch}")
-    if meta and patch_size and patch_size != meta["backbone"].get("patch_size"):
-        raise InputError(f"{checkpoint} has --patch_size {meta['backbone'].get('patch_size')}, not --patch_size {patch_size}")
-    options = meta.get("backbone") or dict(arch=arch, img_size=img_size or (None if arch.startswith("timm/") else 224),
-                                           patch_size=patch_size or 16)
-    if meta and num_heads:
-        raise InputError(f"{checkpoint} says itself how many heads it has: leave --num_heads out")
-    weights = backbone_weights(content, network) if checkpoint else {}
-    num_heads = num_heads or (moco_heads(content, weights, 384) if arch == "vit_small" else None)
-    options = options | ({"num_heads": num_heads} if num_heads else {})
+    if meta:
+        options = meta["backbone"]
+        for name, value in dict(arch=arch, patch_size=patch_size, num_heads=num_heads).items():
+            if value and value != options.get(name):
+                raise InputError(f"{checkpoint} has --{name} {options.get(name)}, not --{name} "
+                                 f"{value}")
+    elif not arch:
+        raise InputError(f"{checkpoint or 'the command'} does not say which architecture: pass "
+                         f"--arch (and --patch_size)")
+    else:
+        options = dict(arch=arch, patch_size=patch_size or 16, img_size=img_size)
+        if arch in VITS:
+            grid = position_grid(weights)
+            options["img_size"] = grid[0] * options["patch_size"] if grid else img_size or 224
+            options["num_heads"] = num_heads or (12 if is_moco_small(weights, content) else None)
+        elif arch in RESNETS:
+            options["img_size"] = img_size or 224
     backbone = create_backbone(**options, pretrained=not checkpoint)
     if checkpoint:
+        backbone.positions_as_dino = not meta
         load_weights(backbone, weights, checkpoint)
-        backbone.as_dino = not meta
-    if checkpoint and not meta and arch in VITS:
-        log(f"{checkpoint} does not say how its images were normalised; ImageNet's mean and deviation are taken. For weights that "
-            f"want others (timm's augreg: 0.5) give timm's name, --arch timm/NAME")
+    meta["backbone"] = options
+    meta["img_size"] = img_size or options["img_size"] or backbone.img_size
+    if checkpoint and "mean" not in meta and arch in VITS:
+        log(f"{checkpoint} does not say how its images were normalised; taken as ImageNet's. If it "
+            f"was otherwise (timm's augreg: 0.5), give timm's name: --arch timm/NAME")
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
-    meta.update(backbone=options, img_size=img_size or options["img_size"] or backbone.img_size)
-    if meta["img_size"] % patch_side(backbone):
+    if meta["img_size"] % backbone.patch_size:
         side = meta["img_size"]
-        raise InputError(f"images of {side} x {side} are not a multiple of patch size {patch_side(backbone)}: change --img_size")
+        raise InputError(f"images of {side} x {side} are not a multiple of patch size "
+                         f"{backbone.patch_size}: change --img_size")
     return backbone.eval().requires_grad_(False), meta
 
 
-# ----------------------------------------------------------------------------------------------- logging and monitors
+# ------------------------------------------------------------------------------------- monitors
 
 
 @torch.no_grad()
-def extract_features(backbone: nn.Module, data: ImageData, size: int, device, layers=False, rows=None, batch_size=256,
-                     num_workers=0, dtype="fp32", mean=MEAN, std=STD) -> list[Tensor]:
-    """Features of whole images in evaluation mode, a list of (N, D) in fp32 on the CPU: one, or with `layers` one a layer.
-
-    The processes share the work and all get the result. The backbone's mode and statistics are as before.
-    """
+def extract_features(backbone: nn.Module, data: ImageData, size: int, device, layers=False,
+                     rows=None, batch_size=256, num_workers=0, dtype="fp32", mean=MEAN,
+                     std=STD) -> list[Tensor]:
+    """Features of n whole images in evaluation mode: a list of (n, D) in fp32 on the CPU, one or,
+    with `layers`, one a layer. The processes share the work and all get the result; the modes of
+    the backbone's modules are as before."""
     rows = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
-    padded = torch.arange(math.ceil(len(rows) / world_size()) * world_size()) % len(rows)
-    mine = rows[padded][local_rows(len(padded))]
-    modes, collected = [(module, module.training) for module in backbone.modules()], []
+    share = math.ceil(len(rows) / world_size())
+    padded = torch.arange(share * world_size()) % len(rows)
+    mine = rows[padded[local_rows(len(padded))]]
+    modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     batches = eval_batches(data, mine, size, device, batch_size, num_workers, mean, std)
-    global _extracting
-    _extracting = True
+    total = math.ceil(share / batch_size)
+    collected = []
     try:
-        for x in progress(batches, desc="features", total=math.ceil(len(mine) / batch_size), leave=False, unit="batch"):
+        for x in progress(batches, desc="features", total=total, leave=False, unit="batch"):
             with autocast(device, dtype):
                 features = backbone(x, layers=layers)
             collected.append([f.float() for f in (features if layers else [features])])
     finally:
-        _extracting = False
         for module, training in modes:
             module.training = training
     return [gather(torch.cat(parts))[: len(rows)].cpu() for parts in zip(*collected, strict=True)]
@@ -1317,47 +1409,51 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
 
 @fp32
 @torch.no_grad()
-def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int, temperature: float = 0.07,
-                   num_classes: int | None = None, chunk: int = 1024) -> Tensor:
-    """Weighted k-NN of DINO and Wu et al.: (M, classes) sums of exp(cos / T) over the k nearest training rows.
-
-    Both sides are normalised here; k is cut to the number of training rows; the result is the same for every chunk.
-    """
+def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int,
+                   temperature: float = 0.07, num_classes: int | None = None,
+                   chunk: int = 1024) -> Tensor:
+    """Weighted k-NN of DINO and Wu et al.: (test images, C) sums of exp(cos / T) over the k nearest
+    training rows. Both sides are normalised here; the result is the same for every chunk."""
     if len(train_features) != len(train_labels):
-        raise InputError(f"{len(train_features)} training features but {len(train_labels)} labels")
+        raise InputError(f"{len(train_features)} training features but {len(train_labels)} "
+                         f"labels")
     num_classes = num_classes or int(train_labels.max()) + 1
-    train = F.normalize(train_features, dim=1).T  # (D, N)
+    train = F.normalize(train_features, dim=1).T  # (D, n)
     scores = []
     for queries in F.normalize(test_features, dim=1).split(chunk):
-        cosine, nearest = (queries @ train).topk(min(k, train.shape[1]), dim=1)  # (m, k) each
+        cosine, nearest = (queries @ train).topk(min(k, train.shape[1]), dim=1)  # (chunk, k) each
         votes = torch.zeros(len(queries), num_classes, device=train.device)
-        scores.append(votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp()))  # (m, classes)
-    return torch.cat(scores)  # (M, classes)
+        votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
+        scores.append(votes)  # (chunk, C)
+    return torch.cat(scores)
 
 
-def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, device, k=20, most=10_000,
-                 **options) -> float | None:
+def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, device, k=20,
+                 most=10_000, **options) -> float | None:
     """Top-1 of k-NN in per cent, the monitor of training runs; None without labels on both sides.
 
     On at most `most` images of either split, evenly spaced; eval_knn.py takes all of them.
     """
     if test is None or not (train.labelled and test.labelled):
         return None
-    rows, queries = ((split.labels >= 0).nonzero()[:, 0] for split in (train, test))
-    rows, queries = (r[torch.linspace(0, len(r) - 1, min(most, len(r))).round().long()] for r in (rows, queries))
-    bank, = extract_features(backbone, train, size, device, rows=rows, **options)  # (N, D)
-    features, = extract_features(backbone, test, size, device, rows=queries, **options)  # (M, D)
-    votes = knn_classifier(bank, train.labels[rows], features, k, num_classes=len(train.classes))
-    return 100 * (votes.argmax(1) == test.labels[queries]).float().mean().item()
+    features, labels = [], []
+    for data in (train, test):
+        rows = (data.labels >= 0).nonzero()[:, 0]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()]
+        features += extract_features(backbone, data, size, device, rows=rows, **options)
+        labels.append(data.labels[rows])
+    votes = knn_classifier(features[0], labels[0], features[1], k, num_classes=len(train.classes))
+    return 100 * (votes.argmax(1) == labels[1]).float().mean().item()
 
 
 @fp32
 @torch.no_grad()
-def spread(z: Tensor) -> tuple[Tensor, Tensor]:
-    """How far features (N, D) are from collapse: (std ratio, effective rank).
+def collapse_measures(z: Tensor) -> tuple[Tensor, Tensor]:
+    """How far features (n, D) are from collapse: (std ratio, effective rank).
 
-    std ratio: mean standard deviation of the normalised features' coordinates over 1 / sqrt(D); 1 is an even spread on the
-    sphere, 0 one point. Effective rank: exp of the entropy of the normalised spectrum (Roy & Vetterli); 1 is one line.
+    std ratio: mean standard deviation of the normalised features over 1 / sqrt(D): 1 for an even
+    spread on the sphere, 0 for one point. Effective rank (Roy & Vetterli): exp of the entropy of
+    the normalised spectrum; 1 for a line.
     """
     z = F.normalize(z, dim=1)
     ratio = z.std(0).mean() * z.shape[1] ** 0.5
@@ -1366,309 +1462,392 @@ def spread(z: Tensor) -> tuple[Tensor, Tensor]:
     return ratio, torch.exp(-(p * (p + 1e-12).log()).sum())
 
 
-class Run:
-    """One training run's folder and its face: resuming, the log, the bar, the curves, the watch on losses, saving.
-
-    checkpoint.pth (everything that resuming needs), backbone.pth (bare weights), log.jsonl, curves.png.
-    """
-
-    # settings that may differ when a run goes on; all others must be as they were
-    FREE = {"data_path", "num_workers", "device", "dtype", "compile", "output_dir", "resume", "overwrite", "init", "save_every",
-            "knn_every", "max_steps", "log_every"}
-
-    def __init__(self, args, total_steps: int, steps_per_epoch: int):
-        self.args, self.total, self.steps_per_epoch = args, total_steps, steps_per_epoch
-        self.folder = Path(args.output_dir)
-        self.checkpoint = None
-        path = self.folder / "checkpoint.pth"
-        resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
-        if resume and path.is_file():
-            self.checkpoint = read_checkpoint(path)
-            then, step = (self.checkpoint.get(name) for name in ("args", "step"))
-            if not (isinstance(then, dict) and isinstance(step, int)):
-                raise InputError(f"{path} holds no run to resume: use another --output_dir")
-            changed = [f"--{name} was {then.get(name)}" for name, value in plain(vars(args)).items()
-                       if name not in self.FREE and then.get(name) != value]
-            if changed:
-                raise InputError(f"cannot resume {path} with other settings ({', '.join(changed[:3])}); use another --output_dir")
-        elif not (resume or args.overwrite) and (path.is_file() or any("loss" in record for record in self.records())):
-            raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite or another --output_dir")
-        self.start = self.checkpoint["step"] if self.checkpoint else 0
-        self.data = None
-        self.stop = min(total_steps, args.max_steps or total_steps)
-        self.first_bad = None
-        for number in (signal.SIGTERM, signal.SIGINT):  # from here on they do not kill: `after_step` sees them, saves and exits
-            signal.signal(number, _note_signal)
-        barrier()  # no process writes before all have looked
-        if rank() == 0:
-            make_folder(self.folder)
-            kept = [record for record in self.records() if record["step"] <= self.start] if self.checkpoint else []
-            if not self.checkpoint:
-                path.unlink(missing_ok=True)
-            (self.folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self.bar = progress(total=self.stop, initial=self.start, unit="step")
-        if self.start >= self.stop:
-            log(f"{self.folder} is already at step {self.start}: nothing is left to do")
-        self.clock, self.clock_step, self.clock_waited = time.perf_counter(), self.start, 0.0
-
-    def same_data(self, data: ImageData) -> None:
-        """Refuses to go on with other images than those that the run began with; their fingerprint goes into the checkpoint."""
-        self.data = data.fingerprint()
-        then = (self.checkpoint or {}).get("data", self.data)
-        if then != self.data:
-            self.bar.close()
-            raise InputError(f"cannot resume {self.folder / 'checkpoint.pth'}: its training data were {then}, now {self.data}; "
-                             f"bring them back, or use another --output_dir")
-
-    def restore(self, **parts) -> None:
-        """Networks, optimizer and scaler as they were, where the run goes on from a checkpoint; None is skipped."""
-        for name, part in parts.items() if self.checkpoint else ():
-            try:
-                if part is not None and (self.checkpoint[name] or name != "scaler"):  # fp16 has scales to restore, others none
-                    part.load_state_dict(self.checkpoint[name])
-            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-                self.bar.close()
-                reason = " ".join(str(error).split())[:160]
-                raise InputError(f"cannot resume {self.folder / 'checkpoint.pth'}: its {name} is not this run's ({reason}); "
-                                 f"use another --output_dir") from None
-
-    def records(self) -> list[dict]:
-        """The log so far; a line that a kill cut short is left out."""
-        path, records = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
-
-    def record(self, **values) -> None:
-        if rank() == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def log_now(self, step: int) -> bool:
-        """Whether this step's losses are written: each of the first ten, every `--log_every`-th, and the last."""
-        return step < 10 or (step + 1) % self.args.log_every == 0 or step + 1 == self.stop
-
-    def watch(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Notes on the device the first step at which a term was not finite; `check` reads it."""
-        values = torch.stack([loss.detach() for loss in losses.values()])
-        bad = torch.where(values.isfinite(), torch.inf, float(step))
-        self.terms = list(losses)
-        self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
-
-    def check(self) -> None:
-        """Stops the run, naming step and term, if a loss was not finite on any process. Called before anything is saved."""
-        if self.first_bad is None:
-            return
-        first_bad = self.first_bad.clone()
-        if world_size() > 1:
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-        step, term = first_bad.min(0)
-        if step.isfinite():
-            self.give_up(f"{self.terms[int(term)]} was not finite at step {int(step) + 1}")
-
-    def check_weights(self, step: int, state: dict) -> None:
-        """Stops the run before non-finite weights are saved: a step can spoil them although its losses were finite."""
-        for name in [name for name in ("student", "teacher") if name in state]:  # a probe has none
-            if not torch.stack([value.isfinite().all() for value in state[name].values()]).all():
-                self.give_up(f"weights of the {name} are not finite after step {step}")
-
-    def give_up(self, reason: str) -> None:
-        self.bar.close()
-        saved = (self.folder / "checkpoint.pth").is_file()
-        state = f"the last checkpoint in {self.folder} is intact" if saved else "nothing had been saved yet"
-        log(f"stopped: {reason}; {state}. Lower --lr, or raise --warmup_epochs.")
-        sys.exit(1)
-
-    def log_step(self, step: int, losses: dict[str, Tensor], waited: float, features: Tensor | None = None, **values) -> None:
-        """Writes one record: losses averaged over the processes, the given values, speed, and the spread of `features`."""
-        self.check()
-        means = mean_over_processes(torch.stack(list(losses.values()))).tolist()
-        now = time.perf_counter()
-        steps = step + 1 - self.clock_step
-        elapsed = max(now - self.clock, 1e-9)
-        speed = steps * self.args.batch_size / elapsed
-        values = {**dict(zip(losses, means, strict=True)), **values}
-        if self.args.device.startswith("cuda"):
-            values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if features is not None:
-            features = gather(features.detach())  # of the global batch
-            ratio, effective_rank = (x.item() for x in spread(features))
-            values |= {"std_ratio": ratio, "effective_rank": effective_rank}
-            if len(features) >= 8 and (ratio < 0.1 or effective_rank < 2):  # a few points span little in any case
-                values["collapse"] = True
-                log(f"collapse at step {step + 1}: the features' spread is {ratio:.3f} of an even one and their effective rank "
-                    f"{effective_rank:.1f}; a lower --lr, a larger batch or a higher teacher momentum helps")
-        self.record(step=step + 1, epoch=(step + 1) / self.steps_per_epoch, **values, images_per_s=speed,
-                    data_wait=(waited - self.clock_waited) / elapsed)
-        self.clock, self.clock_step, self.clock_waited = now, step + 1, waited
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f} lr {values['lr']:.1e} {speed:.0f} img/s", refresh=False)
-
-    def after_step(self, step: int, state, knn=None) -> None:
-        """Counts the step; saves where due and, after a signal, exits. `state()` and `knn()` are called only when needed."""
-        self.bar.update(1)
-        done, epoch, args = step + 1 == self.stop, self.steps_per_epoch, self.args
-        ended = (step + 1) // epoch if (step + 1) % epoch == 0 else 0
-        stopping = bool(_signal_received)
-        if world_size() > 1:  # a signal reaches the processes at different steps: they agree where they log
-            stopping = self.log_now(step) and bool(mean_over_processes(self.first_bad.new_tensor(float(stopping))) > 0)
-        paused = time.perf_counter()
-        check_knn = done or (args.knn_every and ended and ended % args.knn_every == 0)
-        saving = done or stopping or (args.save_every and ended and ended % args.save_every == 0)
-        if saving:
-            self.check()
-            content = state()
-            self.check_weights(step + 1, content)
-        if knn and check_knn:
-            try:
-                self.record_knn(step + 1, knn())
-            except KeyboardInterrupt:  # the check is given up; the run is saved and ends
-                if not saving:
-                    self.check()
-                    content = state()
-                    self.check_weights(step + 1, content)
-                saving = stopping = True
-        if saving:
-            self.save(step + 1, content)
-        if rank() == 0 and (check_knn or stopping):
-            self.draw_curves()
-        self.clock += time.perf_counter() - paused  # speed is the steps' own
-        if stopping:
-            self.bar.close()
-            log(f"signal received: saved {self.folder / 'checkpoint.pth'} at step {step + 1}; continue with --resume")
-            sys.exit(128 + _signal_received[0] if _signal_received else 1)
-        if done:
-            self.bar.close()
-
-    def record_knn(self, step: int, accuracy: float | None) -> None:
-        if accuracy is not None:
-            log(f"step {step} (epoch {step / self.steps_per_epoch:.1f}): k-NN top-1 {accuracy:.1f} %")
-            self.record(step=step, knn=accuracy)
-
-    def save(self, step: int, state: dict) -> None:
-        """Writes the checkpoint and the bare backbone."""
-        if rank() == 0:
-            content = {**state, "step": step, "args": plain(vars(self.args))} | ({"data": self.data} if self.data else {})
-            save_file(content, self.folder / "checkpoint.pth")
-            networks = {name: state[name] for name in ("student", "teacher") if name in state}
-            if networks:  # a probe has none
-                weights = backbone_weights({"meta": state["meta"], **networks})
-                weights = {key: value for key, value in weights.items() if key != "mask_token"}
-                save_file(weights, self.folder / "backbone.pth")
-        barrier()
-
-    def draw_curves(self) -> None:
-        """One panel for each logged value over the steps."""
-        curves = {}
-        for record in self.records():
-            for name, value in record.items():
-                if name not in ("step", "epoch", "collapse") and isinstance(value, (int, float)):
-                    curves.setdefault(name, []).append((record["step"], value))
-        columns = 4
-        rows = max(1, math.ceil(len(curves) / columns))
-        figure, axes = subplots(rows, columns, 3.2, 2.2)
-        for axis in axes.flat[len(curves) :]:
-            axis.axis("off")
-        for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None)
-            axis.set_title(name, fontsize=9)
-            axis.tick_params(labelsize=7)
-        figure.savefig(self.folder / "curves.png", dpi=80)
-
-
 def subplots(rows: int, columns: int, width: float, height: float):
-    """A figure for a file, and its axes (rows, columns), of so many inches each."""
+    """A figure for a file, and its axes (rows, columns) of so many inches each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def make_folder(folder: Path) -> None:
-    """For output. Raises InputError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder} for output: {error.strerror}") from None
+def refuse_to_replace(paths, overwrite: bool) -> None:
+    """Raises InputError for the first of the files that exists, unless --overwrite was given."""
+    for path in paths:
+        if Path(path).exists() and not overwrite:
+            raise InputError(f"{path} already exists: pass --overwrite or another place")
 
 
-def plain(values: dict) -> dict:
-    """Arguments as plain containers, as they come back from a checkpoint."""
-    return json.loads(json.dumps(values))
+# ----------------------------------------------------------------------------------------- runs
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
+class Run:
+    """Output folder, log and checkpoints of one training run.
+
+    meta: what a reader of the checkpoint must know; meta["network"] is the part whose backbone
+    becomes backbone.pth. checks: {name: (function, every)}, values for the log, made before the
+    first step, after each so many epochs (0: none) and at the end. parts: networks, optimizer and
+    scaler by name; where the run is resumed, they are as they were from here on.
+
+    Writes checkpoint.pth, backbone.pth (bare weights), log.jsonl and curves.png.
+    """
+
+    in_step = False  # then a signal waits for the end of the step
+    MAY_DIFFER = {"data_path", "num_workers", "device", "dtype", "compile", "output_dir", "resume",
+                  "overwrite", "init", "save_every", "knn_every", "max_steps", "log_every"}
+    SHOWN = {"knn": "k-NN top-1 {:.1f} %", "knn_teacher": "teacher: k-NN top-1 {:.1f} %",
+             "loss_val": "validation loss {:.4f}"}
+
+    def __init__(self, args, loader: ViewLoader, meta: dict, checks: dict | None = None, **parts):
+        self.args = args
+        self.settings = json.loads(json.dumps(vars(args)))  # as they come back from a file
+        self.loader = loader
+        self.meta = meta
+        self.checks = checks or {}
+        self.parts = parts
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.total = args.epochs * loader.steps_per_epoch
+        self.stop = min(self.total, args.max_steps or self.total)
+        self.start = 0
+        self.first_bad = None
+        self.folder = Path(args.output_dir)
+        self.log_file = self.folder / "log.jsonl"
+        new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
+        path = self.folder / "checkpoint.pth"
+        self.lock_folder()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if path.is_file():
+            if args.resume or (restarted and not new_log.is_file()):
+                self.resume(read_checkpoint(path), path)
+            elif args.overwrite:
+                self.log_file = new_log
+            else:
+                raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
+                                 f"or another --output_dir")
+        barrier()  # nobody writes before all have looked
+        if rank() == 0:
+            new_log.unlink(missing_ok=True)
+            records = [record for record in self.records() if record["step"] <= self.start]
+            lines = [json.dumps(record) + "\n" for record in records if self.start > 0]
+            self.log_file.write_text("".join(lines))
+
+    def lock_folder(self) -> None:
+        """Refuses a folder in which another process trains; the lock dies with its process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        if rank() == 0:
+            self.lock = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process trains in {self.folder}: pass another "
+                                 f"--output_dir") from None
+
+    def resume(self, checkpoint: dict, path: Path) -> None:
+        settings = checkpoint.get("args")
+        self.start = checkpoint.get("step")
+        if not isinstance(settings, dict) or not isinstance(self.start, int):
+            raise InputError(f"{path} holds no run to resume: use another --output_dir")
+        data = self.loader.data.fingerprint()
+        changed = [f"--{name} was {settings.get(name)}" for name, value in self.settings.items()
+                   if name not in self.MAY_DIFFER and settings.get(name) != value]
+        if checkpoint.get("data", data) != data:
+            changed.append(f"its images were others: {checkpoint['data']}, now {data}")
+        if changed:
+            raise InputError(f"cannot resume {path} with other settings or data "
+                             f"({', '.join(changed[:3])}); use another --output_dir")
+        for name, part in self.parts.items():
+            try:
+                if name != "scaler" or checkpoint[name]:  # only fp16 has scales
+                    part.load_state_dict(checkpoint[name])
+            except Exception as error:
+                raise InputError(f"cannot resume {path}: its {name} is not this run's "
+                                 f"({one_line(error)}); use another --output_dir") from None
+
+    def records(self) -> list[dict]:
+        """The log, up to the first line that a crash left unreadable."""
+        records = []
+        text = self.log_file.read_text(errors="replace") if self.log_file.is_file() else ""
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            records.append(record)
+        return records
+
+    def record(self, step: int, **values) -> None:
+        if rank() == 0:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def steps(self):
+        """What the loader has for the steps that are left; a new run is checked before."""
+        if self.start >= self.stop:
+            log(f"{self.folder} is already at step {self.start}: nothing is left to do")
+        elif self.start == 0:
+            self.check(0, list(self.checks))
+        self.clock = time.perf_counter()
+        self.clock_step = self.start
+        self.clock_waited = 0.0
+        signals.clear()
+        with progress(total=self.stop, initial=self.start, unit="step") as self.bar:
+            try:
+                Run.in_step = True
+                yield from self.loader.steps(self.start, self.stop)
+            finally:
+                Run.in_step = False
+                (self.folder / ".lock").unlink(missing_ok=True)
+
+    def end_step(self, step: int, losses: dict[str, Tensor], features=None, **values) -> None:
+        """Logs, checks and saves where that is due; after a signal saves and exits.
+
+        losses: scalars, the total last, so that a bad term is named. features (B, D): watched for
+        collapse. values: other scalars for the log.
+        """
+        self.watch(step, losses)
+        self.bar.update()
+        step += 1  # the steps that are done
+        last = step == self.stop
+        logging = last or step <= 10 or step % self.args.log_every == 0
+        if logging:
+            self.log_step(step, {**losses, **values}, features)
+        stopping = len(signals) > 0
+        if world_size() > 1:  # processes get a signal at different steps: they agree where they log
+            number = self.first_bad.new_tensor(len(signals))
+            stopping = logging and mean_over_processes(number).item() > 0
+        paused = time.perf_counter()
+        saving = last or self.ends_epoch(step, self.args.save_every)
+        due = [name for name, (_, every) in self.checks.items()
+               if last or self.ends_epoch(step, every)]
+        if saving or stopping or due:
+            self.refuse_bad_weights(step)
+        try:
+            Run.in_step = stopping
+            self.check(step, [] if stopping else due)
+        except KeyboardInterrupt:
+            stopping = True
+        Run.in_step = True
+        if saving or stopping:
+            self.save(step)
+        if rank() == 0 and (due or last or stopping):
+            self.draw_curves()
+        if stopping:
+            self.bar.close()
+            log(f"signal received: saved {self.folder / 'checkpoint.pth'} at step {step}; continue "
+                f"with --resume")
+            sys.exit(128 + signals[0] if signals else 1)
+        barrier()  # the others wait for what the first process writes
+        self.clock += time.perf_counter() - paused  # speed is that of the steps alone
+
+    def ends_epoch(self, step: int, every: int) -> bool:
+        return every > 0 and step % (every * self.steps_per_epoch) == 0
+
+    def check(self, step: int, names: list[str]) -> None:
+        """Logs the values of these checks; None, of a check that is not possible, is left out."""
+        for name in names:
+            value = self.checks[name][0]()
+            if value is not None:
+                epoch = step / self.steps_per_epoch
+                log(f"step {step} (epoch {epoch:.1f}): {self.SHOWN[name].format(value)}")
+                self.record(step, **{name: value})
+
+    def watch(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Notes on the device, without waiting for it, when each term first was not finite."""
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        bad = torch.where(values.isfinite(), torch.inf, float(step + 1))
+        self.first_bad = bad if self.first_bad is None else self.first_bad.minimum(bad)
+        self.terms = list(losses)
+
+    def refuse_bad_losses(self) -> None:
+        first_bad = self.first_bad.clone()
+        if world_size() > 1:
+            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+        step, term = first_bad.min(0)
+        if step.isfinite():
+            self.give_up(f"{self.terms[int(term)]} was not finite at step {int(step)}")
+
+    def refuse_bad_weights(self, step: int) -> None:
+        """Before anything is saved: a step can spoil weights although its losses were finite."""
+        self.refuse_bad_losses()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                finite = [value.isfinite().all() for value in part.state_dict().values()]
+                if not torch.stack(finite).all():
+                    self.give_up(f"weights of the {name} are not finite after step {step}")
+
+    def give_up(self, reason: str) -> None:
+        self.bar.close()
+        path = self.folder / "checkpoint.pth"
+        state = f"{path} is as it was" if path.is_file() else "nothing has been saved"
+        log(f"stopped: {reason}; {state}. Lower --lr, or raise --warmup_epochs.")
+        sys.exit(1)
+
+    def log_step(self, step: int, values: dict, features: Tensor | None) -> None:
+        """Writes one record: scalars averaged over the processes, speed, and signs of collapse."""
+        self.refuse_bad_losses()
+        tensors = {name: x.detach().float() for name, x in values.items() if isinstance(x, Tensor)}
+        means = mean_over_processes(torch.stack(list(tensors.values()))).tolist()
+        values = {**values, **dict(zip(tensors, means, strict=True))}
+        if features is not None:
+            features = gather(features.detach())  # (M, D)
+            ratio, effective_rank = (x.item() for x in collapse_measures(features))
+            values |= {"std_ratio": ratio, "effective_rank": effective_rank}
+            if len(features) >= 8 and (ratio < 0.1 or effective_rank < 2):  # fewer span little
+                values["collapse"] = True
+                log(f"collapse at step {step}: the features' spread is {ratio:.3f} of an even one "
+                    f"and their effective rank {effective_rank:.1f}; a lower --lr, a larger batch "
+                    f"or a higher teacher momentum helps")
+        if self.args.device == "cuda":
+            values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        now = time.perf_counter()
+        elapsed = max(now - self.clock, 1e-9)
+        speed = (step - self.clock_step) * self.args.batch_size / elapsed
+        waited = (self.loader.waited - self.clock_waited) / elapsed
+        epoch = step / self.steps_per_epoch
+        self.record(step, epoch=epoch, **values, images_per_s=speed, data_wait=waited)
+        self.clock = now
+        self.clock_step = step
+        self.clock_waited = self.loader.waited
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f} lr {values['lr']:.1e} "
+                                 f"{speed:.0f} img/s", refresh=False)
+
+    def save(self, step: int) -> None:
+        """The checkpoint: state of all parts, step, settings, meta and fingerprint of the data."""
+        if rank() > 0:
+            return
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        weights = content.get(self.meta.get("network"))
+        content |= {"step": step, "args": self.settings, "meta": self.meta,
+                    "data": self.loader.data.fingerprint()}
+        save_file(content, self.folder / "checkpoint.pth")
+        if weights:
+            weights = backbone_weights({"model": weights})
+            weights = {key: value for key, value in weights.items() if key != "mask_token"}
+            save_file(weights, self.folder / "backbone.pth")
+        if self.log_file.name != "log.jsonl":
+            self.log_file = self.log_file.replace(self.folder / "log.jsonl")
+
+    def draw_curves(self) -> None:
+        """One panel for each logged value over the steps."""
+        curves = {}
+        for record in self.records():
+            for name, value in record.items():
+                if name not in ("step", "epoch", "collapse") and value is not None:
+                    curves.setdefault(name, []).append((record["step"], value))
+        figure, axes = subplots(max(1, math.ceil(len(curves) / 4)), 4, 3.2, 2.2)
+        for axis in axes.flat[len(curves) :]:
+            axis.axis("off")
+        for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None)
+            axis.set_title(name, fontsize=9)
+            axis.tick_params(labelsize=7)
+        with replacing(self.folder / "curves.png") as temporary:
+            figure.savefig(temporary, dpi=80, format="png")
 
 
-CORES = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # that we may use
+# ------------------------------------------------------------------------------------ arguments
+
+CORES = min(8, os.cpu_count() or 1)
+if hasattr(os, "sched_getaffinity"):  # those that we may use, where the system says
+    CORES = min(8, len(os.sched_getaffinity(0)))
+RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet",
+                 pets="imagenet", cars="imagenet", aircraft="imagenet")
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are one line, as all others."""
+    """Its errors are one line, as all others."""
 
     def error(self, message):
         self.exit(2, f"error: {message}; see --help\n")
 
 
-def non_negative(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return int(text)
+def at_least(least, at_most=math.inf):
+    """For argparse: finite numbers in these limits, whole ones where `least` is an int."""
+
+    def number(text: str):
+        value = type(least)(text)
+        if not least <= value <= at_most or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}"
+                                             + f" and at most {at_most}" * (at_most < math.inf))
+        return value
+
+    number.__name__ = type(least).__name__
+    return number
 
 
-def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
-    """The flags that every training script takes. A default of None comes from the recipe (or is settled by `setup`)."""
-    flag = argparse.BooleanOptionalAction
+def existing_file(text: str) -> str:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"no file {text!r}")
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser, method: str, init_type=existing_file) -> None:
+    """The flags of every training script; a default of None is the recipe's or `setup`'s."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits", help=f"digits (the default), {', '.join(DATASETS)}, or a directory of images")
-    group.add_argument("--data_path", default="data", help="where named data sets are, or are downloaded to (default: data)")
-    group.add_argument("--img_size", type=int, help="side of the training views in pixels (default: recipe)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: recipe)")
-    group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: recipe)")
-    group.add_argument("--init", metavar="FILE", help="start from these backbone weights")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="(default: recipe)")
-    group.add_argument("--batch_size", type=int, help="global, over all processes (default: recipe)")
-    group.add_argument("--lr", type=float, help="for a batch of 256; scaled linearly (default: recipe)")
-    group.add_argument("--warmup_epochs", type=float, help="(default: recipe)")
-    group.add_argument("--weight_decay", type=float, help="(default: recipe)")
-    group.add_argument("--max_steps", type=int, help="stop here; schedules still span --epochs")
-    group = parser.add_argument_group("system")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
-    group.add_argument("--compile", action=flag, help="torch.compile the backbones (default: on CUDA)")
-    group.add_argument("--output_dir", default=f"runs/{method}", help="(default: %(default)s)")
-    group.add_argument("--resume", action="store_true", help="go on from output_dir/checkpoint.pth, if there is one")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
-    group.add_argument("--save_every", type=non_negative, default=1, help="epochs between checkpoints; 0: at the end (default: 1)")
-    group.add_argument("--knn_every", type=non_negative, default=10, help="epochs between k-NN checks; 0: at the end (default: 10)")
-    group.add_argument("--log_every", type=int, default=10, help="steps between log records (default: 10)")
+    add = group.add_argument
+    add("--data", default="digits", help=f"digits, {', '.join(DATASETS)}, or a directory")
+    add("--data_path", default="data", help="folder of named data sets (default: data)")
+    add("--img_size", type=at_least(1), help="side of the training views in pixels")
+    add("--recipe", help="the data set whose recipe is used (default: by data and size)")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: recipe)")
+    add("--patch_size", type=at_least(1), help="side of a ViT's patches in pixels")
+    add("--init", type=init_type, metavar="FILE", help="backbone weights to start from")
+    add = parser.add_argument_group("optimisation (defaults: recipe)").add_argument
+    add("--epochs", type=at_least(1))
+    add("--batch_size", type=at_least(2), help="global, over all processes")
+    add("--lr", type=at_least(0.0), help="for a batch of 256; scaled linearly")
+    add("--warmup_epochs", type=at_least(0.0))
+    add("--weight_decay", type=at_least(0.0))
+    add("--max_steps", type=at_least(1), help="early end; schedules still span --epochs")
+    add_system_arguments(parser, f"runs/{method}")
+    add = parser.add_argument_group("monitoring").add_argument
+    add("--knn_every", type=at_least(0), default=10, help="epochs between k-NN checks; 0: none but "
+        "at the end")
 
 
-RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet", pets="imagenet", cars="imagenet",
-                 aircraft="imagenet")
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of both evaluations that say which backbone and how it is to be made."""
+    add = parser.add_argument_group("model (defaults: what the checkpoint says)").add_argument
+    add("--checkpoint", type=existing_file, metavar="FILE", help="ours, or weights of DINO, iBOT, "
+        "MoCo v3, timm ... (default: random weights, or timm's for timm/NAME)")
+    add("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME")
+    add("--patch_size", type=at_least(1), help="side of a ViT's patches in pixels (else 16)")
+    add("--num_heads", type=at_least(1), help="attention heads of a ViT that are not timm's")
+    add("--network", choices=["student", "teacher"], help="network of the file (default: the one "
+        "that its method evaluates; of DINO and iBOT the teacher)")
 
 
-def apply_recipe(args, recipes: dict, data: ImageData, name: str | None = None) -> dict:
-    """Fills the arguments that were not given from the data set's recipe, says which, and returns the recipe.
+def add_system_arguments(parser, output_dir: str | None) -> None:
+    add = parser.add_argument_group("system").add_argument
+    add("--seed", type=at_least(0), default=0)
+    add("--num_workers", type=at_least(0), default=CORES, help="processes that decode files")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="(default: on CUDA)")
+    add("--output_dir", default=output_dir, help="folder of the run (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from output_dir/checkpoint.pth if it exists")
+    add("--overwrite", action="store_true", help="replacement of what output_dir holds")
+    add("--save_every", type=at_least(0), default=1, help="epochs between checkpoints; 0: none "
+        "but at the end")
+    add("--log_every", type=at_least(1), default=10, help="steps between log records (default: 10)")
 
-    A directory takes the recipe of CIFAR-10 where --img_size or, without it, its first image has at most 64 pixels a side, else
-    ImageNet's, unless `name` says which data set it holds.
-    """
-    name = name or args.data
-    name = RECIPE_OF.get(name, name)
+
+def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
+    """Fills what was not given from a recipe, says which, and returns it: that of --recipe, of the
+    data set, or by the size that is trained at, CIFAR-10's up to 64 pixels and ImageNet's above."""
+    name = args.recipe or RECIPE_OF.get(args.data, args.data)
+    if args.recipe and name not in recipes:
+        raise InputError(f"unknown --recipe {name}: use one of {' '.join(recipes)}")
     if name not in recipes:
-        name = "cifar10" if (getattr(args, "img_size", None) or max(data.image_size())) <= 64 else "imagenet"
-    recipe = recipes[name]
-    for key, value in recipe.items():
+        size = args.img_size or max(data.image_size())
+        name = "cifar10" if size <= 64 else "imagenet"
+    for key, value in recipes[name].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    if args.batch_size < 2:
-        raise InputError("--batch_size must be at least 2")
-    log(f"{len(data)} training images of {args.data}, recipe {name}; {args.device}, {args.dtype}, {world_size()} process(es)")
-    return recipe
+    log(f"{len(data)} training images of {args.data}, recipe {name}; {args.device}, {args.dtype}, "
+        f"{world_size()} process(es)")
+    return recipes[name]

@@ -57,12 +57,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
-from tqdm import tqdm
 
-from common import (CORES, DATASETS, RESNETS, VITS, ImageData, InputError, Parser, autocast, barrier, extract_features,
-                    find_images, fp32, has_tokens, knn_classifier, load_backbone, load_data, log, make_folder,
-                    mean_over_processes, non_negative, normalize, patch_side, rank, read_image, run, save_file, setup, subplots,
-                    token_layers, world_size)
+from common import (CORES, DATASETS, ImageData, InputError, Parser, add_checkpoint_arguments, at_least, autocast, barrier,
+                    extract_features, find_images, fp32, knn_classifier, launch, load_backbone, load_data, log,
+                    mean_over_processes, progress, rank, read_image, refuse_to_replace, replacing, save_file, setup, subplots,
+                    world_size)
 
 TASKS = {  # the settings of each, with DINO's defaults; a flag that a task does not list is not for it
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07, features=None),
@@ -116,6 +115,10 @@ class Photographs(torch.utils.data.Dataset):
                                            collate_fn=list if batch_size else None)
 
 
+def layers_of(backbone, args) -> int:
+    return len(backbone.layer_dims) if args.layers == "all" else 1
+
+
 def gem(patches: Tensor, p: float = 4.0, eps: float = 1e-6) -> Tensor:
     """Generalised mean of patch tokens (B, h, w, D) -> (B, D): p = 1 is their mean, a large p their maximum."""
     return patches.float().clamp(min=eps).pow(p).mean((1, 2)).pow(1 / p)
@@ -123,13 +126,13 @@ def gem(patches: Tensor, p: float = 4.0, eps: float = 1e-6) -> Tensor:
 
 def describe(backbone, x: Tensor, args) -> list[Tensor]:
     """Images (B, 3, H, W) -> descriptors (B, D) of all layers or of the last, averaged over the scales."""
-    side, total = patch_side(backbone), None
+    side, total = backbone.patch_size, None
     for scale in args.scales:
         size = [max(int(scale * length) // side, 1) * side for length in x.shape[-2:]]
         y = x if scale == 1 else F.interpolate(x, size, mode="bilinear")
         with autocast(x.device, args.dtype):
             if args.task == "copy":
-                layers = [torch.cat([cls, gem(patches)], 1) for cls, patches in token_layers(backbone, y, args.layers == "all")]
+                layers = [torch.cat([cls, gem(patches)], 1) for cls, patches in backbone.tokens(y, layers_of(backbone, args))]
             else:
                 layers = backbone(y, layers=True) if args.layers == "all" else [backbone(y)]
         total = [f.float() for f in layers] if total is None else [t + f for t, f in zip(total, layers, strict=True)]
@@ -142,13 +145,13 @@ def descriptors(backbone, photographs: Photographs, name: str, meta: dict, devic
     widths = backbone.layer_dims if args.layers == "all" else [backbone.embed_dim]
     found = [torch.zeros(len(photographs), width * (2 if args.task == "copy" else 1)) for width in widths]
     start = 0
-    with tqdm(total=len(mine), desc=name, unit="img", leave=False, disable=rank() > 0 or not mine) as bar:
+    with progress(total=len(mine), desc=name, unit="img", leave=False) as bar:
         for images in photographs.loader(mine, args.batch_size, args.num_workers):
             for shape in {image.shape for image in images}:  # those of one size go together
                 places = [i for i, image in enumerate(images) if image.shape == shape]
                 x = torch.stack([images[i] for i in places]).to(device).float() / 255  # (B, 3, H, W)
                 rows = torch.tensor([mine[start + i] for i in places])
-                for layer, f in zip(found, describe(backbone, normalize(x, meta["mean"], meta["std"]), args), strict=True):
+                for layer, f in zip(found, describe(backbone, tv.normalize(x, meta["mean"], meta["std"]), args), strict=True):
                     layer[rows] = f.cpu()
             start += len(images)
             bar.update(len(images))
@@ -370,7 +373,7 @@ def retrieval(data: str, backbone, meta: dict, device, args) -> list[dict]:
     easy, hard, junk = ([list(truth[kind]) for truth in content["gnd"]] for kind in ("easy", "hard", "junk"))
     judged = {"Medium": [(e + h, j) for e, h, j in zip(easy, hard, junk, strict=True)],
               "Hard": [(h, e + j) for e, h, j in zip(easy, hard, junk, strict=True)]}
-    options, boxes = ("long", args.img_size, patch_side(backbone)), [list(truth["bbx"]) for truth in content["gnd"]]
+    options, boxes = ("long", args.img_size, backbone.patch_size), [list(truth["bbx"]) for truth in content["gnd"]]
     queries, images = Photographs(queries, *options, boxes), Photographs(images, *options)
     return search(data, queries, images, judged, backbone, meta, device, args)
 
@@ -390,7 +393,7 @@ def copy_detection(data: str, backbone, meta: dict, device, args) -> list[dict]:
     if lost:
         raise InputError(f"{lost[0]} is a copy of nothing: no name in {data}/original begins with {Path(lost[0]).name[:4]}")
     judged = {"strong": [([places[Path(path).name[:4]]], ()) for path in copies]}
-    options = ("square", args.img_size, patch_side(backbone))
+    options = ("square", args.img_size, backbone.patch_size)
     return search(data, Photographs(copies, *options), Photographs(originals, *options), judged, backbone, meta, device, args)
 
 
@@ -537,20 +540,20 @@ class Tracker:
 
 def video(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """J and F of each layer. Processes share the sequences; the masks of the last layer are written."""
-    sequences, side = read_davis(Path(data), args.split), patch_side(backbone)
+    sequences, side = read_davis(Path(data), args.split), backbone.patch_size
     mine = sequences[rank() :: world_size()]
     photographs = Photographs([str(frame) for _, frames, _ in mine for frame in frames], "short", args.img_size, side)
     images = iter(photographs.loader(range(len(photographs)), None, args.num_workers))
     layers = len(backbone.layer_dims) if args.layers == "all" else 1
     totals = torch.zeros(layers, 3)  # sums of J and of F over all objects, and their number
     log(f"{data}: {len(sequences)} sequences of {args.split}, {sum(len(frames) for _, frames, _ in sequences)} frames")
-    with tqdm(total=len(photographs), desc="video", unit="frame", leave=False, disable=rank() > 0) as bar:
+    with progress(total=len(photographs), desc="video", unit="frame", leave=False) as bar:
         for name, frames, masks in mine:
             scores = []  # (frames, L, objects, 2)
             for i, (frame, path) in enumerate(zip(frames, masks, strict=True)):
                 true, x = read_mask(path, frame), next(images)[None].to(device).float() / 255  # (H, W), (1, 3, h*side, w*side)
                 with autocast(device, args.dtype):
-                    tokens = token_layers(backbone, normalize(x, meta["mean"], meta["std"]), args.layers == "all")
+                    tokens = backbone.tokens(tv.normalize(x, meta["mean"], meta["std"]), layers_of(backbone, args))
                 features = [patches[0].float() for _, patches in tokens]  # L of (h, w, D)
                 if i == 0:
                     objects, labels = first_labels(true, features[0].shape[:2], path)
@@ -601,7 +604,8 @@ def print_side_by_side(rows: list[dict]) -> None:
 def save_results(rows: list[dict], args) -> None:
     """results.json and, of several layers, layers.png: the first metric over the layers, as in SDSSL's Fig. 4."""
     folder, metric = Path(args.output_dir), metrics_of(rows[0])[0]
-    (folder / "results.json").write_text(json.dumps({"rows": rows, "args": vars(args)}, indent=1) + "\n")
+    with replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps({"rows": rows, "args": vars(args)}, indent=1) + "\n")
     log(f"wrote {folder / 'results.json'}")
     if args.layers == "last":
         return
@@ -632,14 +636,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--split", help="list of DAVIS in ImageSets/2017 (default: val)")
     group.add_argument("--distractors", metavar="DIR", help="images to add to the database, for retrieval and copy")
     group.add_argument("--whitening", metavar="DIR", help="other images to learn PCA whitening on, for retrieval and copy")
-    group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", metavar="FILE", help="ours, or weights of DINO, iBOT, MoCo v3 or timm "
-                       "(default: random weights, or timm's pretrained ones for timm/NAME)")
-    group.add_argument("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: the checkpoint's)")
-    group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: the checkpoint's, else 16)")
-    group.add_argument("--num_heads", type=int, help="of a ViT whose file does not say (default: timm's; MoCo v3's vit_small: 12)")
-    group.add_argument("--network", choices=["student", "teacher"], help="which one of the checkpoint (default: "
-                       "the one that its method evaluates; the teacher of DINO and iBOT, the student of MoCo v3)")
+    add_checkpoint_arguments(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--task", default="knn", choices=list(TASKS), help="(default: %(default)s)")
     group.add_argument("--layers", default="last", choices=["last", "all"], help="(default: %(default)s)")
@@ -655,7 +652,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--overwrite", action="store_true", help="replace the results that output_dir holds")
     group.add_argument("--chunk", type=int, default=512, help="MiB of similarities held at a time (default: %(default)s)")
     group.add_argument("--batch_size", type=int, help="images per process (default: 256 for knn, else 16)")
-    group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
+    group.add_argument("--num_workers", type=at_least(0), default=CORES, help="that decode files (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     group.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="autocast (default: %(default)s)")
@@ -680,7 +677,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.features and Path(args.features).is_dir():
         raise InputError(f"--features {args.features} is a directory: name a file, such as {args.features}/features.pth")
     if args.features:
-        make_folder(Path(args.features).parent)
+        refuse_to_replace([args.features], args.overwrite)
+        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
     if args.features and len(args.data) > 1:
         raise InputError("--features takes one data set: run it once for each")
     args.output_dir = args.output_dir or (None if args.task == "knn" else f"runs/{args.task}")
@@ -697,7 +695,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.output_dir and (Path(args.output_dir) / "results.json").is_file() and not args.overwrite:
         raise InputError(f"{args.output_dir} already holds results: pass --overwrite or another --output_dir")
     if args.output_dir:
-        make_folder(Path(args.output_dir))
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -708,7 +706,7 @@ def main():
     backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, own_size, args.network, args.num_heads)
     backbone.to(device)
     arch, network = meta["backbone"]["arch"], args.network or meta.get("network")
-    if args.task in ("copy", "video") and not has_tokens(backbone):
+    if args.task in ("copy", "video") and not backbone.has_tokens:
         raise InputError(f"--task {args.task} needs patch tokens, which {arch} does not have: it does knn and retrieval")
     source = f"{args.checkpoint}{f' ({network})' if network else ''}" if args.checkpoint else (
         "timm's pretrained weights" if arch.startswith("timm/") else "random weights, for want of --checkpoint")
@@ -733,4 +731,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

@@ -40,7 +40,6 @@ fine-tuned: their BatchNorm is per process). Crops are resized bilinearly, whole
 """
 import argparse
 import contextlib
-import dataclasses
 import json
 import random
 import re
@@ -57,12 +56,11 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
-from tqdm import tqdm
 
-from common import (CORES, DATASETS, MEAN, RESNETS, STD, VITS, BatchNorm, ImageData, InputError, Parser, Run, View, ViewLoader,
-                    apply_recipe, autocast, check_limits, cosine_schedule, crop_and_resize, crop_boxes, distributed,
-                    eval_batches, extract_features, fp32, gather, has_tokens, load_backbone, load_data, local_rows, log,
-                    make_folder, mean_over_processes, non_negative, rank, run, setup, subplots, token_layers, world_size)
+from common import (DATASETS, MEAN, STD, BatchNorm, ImageData, InputError, Parser, Run, View, ViewLoader, add_checkpoint_arguments,
+                    add_system_arguments, apply_recipe, at_least, autocast, cosine_schedule, distributed, eval_batches,
+                    extract_features, fp32, gather, launch, load_backbone, load_data, local_rows, log, mean_over_processes,
+                    progress, rank, refuse_to_replace, replacing, setup, subplots, world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -96,9 +94,10 @@ def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> li
     pool: [CLS] (of timm's models their own output), the mean of the patch tokens, or both side by side. ResNets have
     neither: a stage is averaged.
     """
-    if pool == "cls" or not has_tokens(backbone):
+    if pool == "cls" or not backbone.has_tokens:
         return backbone(x, layers=True) if layers else [backbone(x)]
-    tokens = [(cls, patches.mean((1, 2))) for cls, patches in token_layers(backbone, x, layers)]  # (B, D) each
+    tokens = backbone.tokens(x, len(backbone.layer_dims) if layers else 1)
+    tokens = [(cls, patches.mean((1, 2))) for cls, patches in tokens]  # (B, D) each
     return [mean if pool == "mean" else torch.cat([cls, mean], 1) for cls, mean in tokens]
 
 
@@ -163,11 +162,9 @@ class Classifier(nn.Module):
         width, = pooled_dims(backbone, pool, layers=False)
         self.backbone, self.pool = backbone.requires_grad_(not head_only), pool
         self.backbone.train(not head_only)  # a frozen one keeps its BatchNorm statistics
-        if hasattr(backbone, "mask_token"):
-            backbone.mask_token.requires_grad_(False)  # no masks here
         for name in ("fc_norm", "attn_pool"):  # of timm's own pooling, which the other pools go past
             part = getattr(getattr(backbone, "model", None), name, None)
-            if part is not None and pool != "cls" and has_tokens(backbone):
+            if part is not None and pool != "cls" and backbone.has_tokens:
                 part.requires_grad_(False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
@@ -219,9 +216,8 @@ class RandAugmentLoader(ViewLoader):
     """A ViewLoader whose crops pass through timm's RandAugment, before the flip, in the workers: images in memory too."""
 
     def __init__(self, data: ImageData, views, batch_size: int, seed: int, device, num_workers: int, config: str, mean=MEAN, std=STD):
-        # the parent takes images that it does not see for files, and leaves the crops to `__getitem__`
-        super().__init__(dataclasses.replace(data, images=None), views, batch_size, seed, device, num_workers, mean, std)
-        self.images, self.config = data.images, config
+        super().__init__(data, views, batch_size, seed, device, num_workers, mean, std)
+        self.in_workers, self.config = True, config
         # magnitudes stay just below 10: with -inc1 timm posterizes to 0 bits there, which Pillow refuses
         options = dict(translate_const=int(0.45 * views[0].size), img_mean=(124, 116, 104), magnitude_max=9.99)
         try:
@@ -229,20 +225,17 @@ class RandAugmentLoader(ViewLoader):
         except (AssertionError, ValueError):
             raise InputError(f"--randaugment {config} is not understood: use such as rand-m9-mstd0.5-inc1, or none") from None
 
-    def __getitem__(self, step: int) -> list[Tensor]:
-        if self.images is None:
-            crops, = super().__getitem__(step)  # uint8 (B, 3, S, S)
-        else:
-            images, view = self.images[self.index(step)].float() / 255, self.views[0]  # (B, 3, H, W)
-            boxes = crop_boxes(self.draws(step)[0], *images.shape[-2:], view.scale)
-            crops = (255 * crop_and_resize(images, boxes, view.size)).round().byte()
+    def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        (crops, u), = super().__getitem__(step)  # (B, 3, S, S), (B, DRAWS)
+        if crops.dtype != torch.uint8:  # of images in memory
+            crops = (255 * crops).round().byte()
         for place, crop in enumerate(crops, self.rows.start):  # in the global batch
             with seeded(self.seed, step, 1002, place):
                 try:
                     crop.copy_(tv.pil_to_tensor(self.transform(tv.to_pil_image(crop))))
                 except ValueError as error:  # without -inc1, small magnitudes posterize to 0 bits
                     raise InputError(f"--randaugment {self.config} is too much for Pillow ({error}): add -inc1 to it") from None
-        return [crops]
+        return [(crops, u)]
 
 
 def erase(x: Tensor, erasing: RandomErasing, seed: int, step: int) -> Tensor:
@@ -301,7 +294,7 @@ def evaluate(predict, data: ImageData, meta: dict, device, args, name: str) -> T
     """predict: whole images (B, 3, H, W) -> logits (L, B, R, K). -> (3, L, R): top-1 and top-5 in per cent, and the loss."""
     mine, total = torch.arange(rank(), len(data), world_size()), 0  # the processes share the images
     batches = eval_batches(data, mine, meta["img_size"], device, EVAL_BATCH, args.num_workers, meta["mean"], meta["std"])
-    with tqdm(total=len(data), desc=f"{name} images", unit="img", disable=rank() > 0, leave=False) as bar:
+    with progress(total=len(data), desc=f"{name} images", unit="img", leave=False) as bar:
         for x, labels in zip(batches, data.labels[mine].to(device).split(EVAL_BATCH), strict=True):
             with autocast(device, args.dtype):
                 logits = predict(x).float()
@@ -333,7 +326,8 @@ def report(folder, rows: list[dict], grid: Tensor | None, args) -> None:
     if rank() > 0:
         return
     results = {"rows": rows, "val_top1_of_layers_and_rates": None if grid is None else grid[0].tolist(), "args": vars(args)}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
     if len(rows) > 1:
         draw_multi_exit({folder.name: torch.tensor([[row["test_top1"] for row in rows]])}, folder / "multi_exit.png")
 
@@ -365,7 +359,7 @@ def compare(folders: list[str], output_dir: Path) -> None:
     for name, top1 in curves.items():
         spread = top1.std(0) if len(top1) > 1 else torch.zeros(top1.shape[1])
         log(f"{name:<20} n = {len(top1)}   " + "   ".join(f"{m:.1f} +- {s:.1f}" for m, s in zip(top1.mean(0), spread, strict=True)))
-    make_folder(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     draw_multi_exit(curves, output_dir / "multi_exit.png")
 
 
@@ -402,26 +396,21 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
     colours = dict(mean=meta["mean"], std=meta["std"])
     loader = ViewLoader(*options, **colours) if args.randaugment in (None, "none") else (
         RandAugmentLoader(*options, args.randaugment, **colours))
-    total = args.epochs * loader.steps_per_epoch
-    lr = cosine_schedule(peak_lr, 0.0, total, warmup=int((args.warmup_epochs or 0) * loader.steps_per_epoch))
-    job = Run(args, total, loader.steps_per_epoch)
-    job.same_data(data)
+    if args.cached:
+        loader.steps = lambda start, stop: ((step, [None], loader.index(step)) for step in range(start, stop))
+    method = dict(method="finetune", network="student") if finetuned else dict(method="linear", network=None)
     parts = {"student" if finetuned else "probes": network, "optimizer": optimizer, "scaler": scaler}
-    job.restore(**parts)
+    run = Run(args, loader, {**meta, **method, "pool": args.pool}, **parts)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup=int((args.warmup_epochs or 0) * loader.steps_per_epoch))
 
-    batches, cache = loader.steps(job.start, job.stop), None
-    if args.cached and job.start < job.stop:
+    cache = None
+    if args.cached and run.start < run.stop:
         cache = extract_features(frozen, data, meta["img_size"], device, layers=True, dtype=args.dtype,
                                  num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])  # L of (N, D_l)
         cache = [f.to(device) for f in cache]
         network.standardize_by(cache)
-        batches = ((step, [None], loader.index(step)) for step in range(job.start, job.stop))
 
-    def state():
-        method = dict(method="finetune", network="student") if finetuned else dict(method="linear")
-        return {name: part.state_dict() for name, part in parts.items()} | {"meta": {**meta, **method, "pool": args.pool}}
-
-    for step, (x,), index in batches:  # x (B, 3, S, S)
+    for step, (x,), index in run.steps():  # x (B, 3, S, S)
         # schedules
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step]) * group.get("lr_scale", 1.0)  # Eq. 7
@@ -450,13 +439,10 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
         # log: the mean over a layer's rates, and over all
         named = {f"loss_layer{l}": layer.mean() for l, layer in enumerate(losses.detach(), 1) if L > 1}
         named["loss"] = losses.detach().mean()
-        job.watch(step, named)
-        if job.log_now(step):
-            job.log_step(step, named, loader.waited, lr=float(lr[step]) * (1.0 if finetuned else max(args.lr)))
-        job.after_step(step, state)
+        run.end_step(step, named, lr=float(lr[step]) * (1.0 if finetuned else max(args.lr)))
 
-    if job.stop < total:
-        log(f"stopped by --max_steps after {job.stop} of {total} steps: the test images have not been looked at")
+    if run.stop < run.total:
+        log(f"stopped by --max_steps after {run.stop} of {run.total} steps: the test images have not been looked at")
         return []
     network.eval()
 
@@ -471,7 +457,7 @@ def train(args, backbone: nn.Module, meta: dict, device, data: ImageData, held: 
         log("a chosen learning rate is at the edge of the grid: a wider --lr may do better")
     rows = [dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=grid[0, l, r].item() if held else None,
                  test_top1=tested[0, l, 0].item(), test_top5=tested[1, l, 0].item()) for l, r in enumerate(choice.tolist())]
-    report(job.folder, rows, grid, args)
+    report(run.folder, rows, grid, args)
     return rows
 
 
@@ -484,14 +470,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--data", nargs="+", default=["digits"],
                        help=f"one or several of digits, {', '.join(DATASETS)}, or directories (default: digits)")
     group.add_argument("--data_path", default="data", help="where named data sets are, or are downloaded to (default: data)")
-    group.add_argument("--img_size", type=int, help="side of the images in pixels (default: the checkpoint's, else 224)")
-    group.add_argument("--holdout", type=float, help="share of the training images to choose by (default: 0.1; 0 for one --lr)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", metavar="FILE", help="ours, DINO's, iBOT's, MoCo v3's, timm's (default: random or timm's)")
-    group.add_argument("--arch", help=f"{', '.join([*VITS, *RESNETS])} or timm/NAME (default: the checkpoint's)")
-    group.add_argument("--patch_size", type=int, help="side of a ViT's patches in pixels (default: the checkpoint's, else 16)")
-    group.add_argument("--num_heads", type=int, help="of a ViT whose file does not say (default: timm's; MoCo v3's vit_small: 12)")
-    group.add_argument("--network", choices=["student", "teacher"], help="which one (default: as the method evaluates)")
+    group.add_argument("--img_size", type=at_least(1), help="side of the images in pixels (default: the checkpoint's, else 224)")
+    group.add_argument("--holdout", type=at_least(0.0, 0.9), help="share of the training images to choose by (default: 0.1; 0 for one --lr)")
+    add_checkpoint_arguments(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--layers", default="last", choices=["last", "all"], help="that are probed (default: %(default)s)")
     group.add_argument("--pool", choices=["cls", "mean", "both"], help="tokens (default: cls; for --finetune mean)")
@@ -499,42 +480,34 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--compare", nargs="+", metavar="DIR", help="draw the multi-exit curves of these finished probes instead")
     group.add_argument("--finetune", choices=["all", "head"], help="with timm's augmentations: all layers, or the head alone")
     group = parser.add_argument_group("optimisation (defaults: recipe)")
-    group.add_argument("--epochs", type=int)
-    group.add_argument("--batch_size", type=int, help="global, over all processes")
-    group.add_argument("--lr", type=float, nargs="+", help="for a batch of 256; scaled linearly; for probes a grid")
-    group.add_argument("--weight_decay", type=float, help="(default for probes: 1 / training images, scikit-learn's C = 1)")
-    group.add_argument("--max_steps", type=int, help="stop here, without a test; schedules still span --epochs")
+    group.add_argument("--recipe", help="of which data set (default: by data and size)")
+    group.add_argument("--epochs", type=at_least(1))
+    group.add_argument("--batch_size", type=at_least(2), help="global, over all processes")
+    group.add_argument("--lr", type=at_least(0.0), nargs="+", help="for a batch of 256; scaled linearly; for probes a grid")
+    group.add_argument("--weight_decay", type=at_least(0.0), help="(default for probes: 1 / training images, scikit-learn's C = 1)")
+    group.add_argument("--max_steps", type=at_least(1), help="stop here, without a test; schedules still span --epochs")
     group = parser.add_argument_group("fine-tuning (defaults: recipe)")
-    for name, meaning in {"warmup_epochs": None, "layer_decay": "a layer's rate over that of the next one",
-                          "mixup": "alpha, 0 for none", "cutmix": "alpha, 0 for none", "smoothing": "of the labels",
-                          "erasing": "probability that a part of an image is erased"}.items():
-        group.add_argument(f"--{name}", type=float, help=meaning)
+    group.add_argument("--warmup_epochs", type=at_least(0.0))
+    group.add_argument("--layer_decay", type=at_least(0.01, 1.0), help="a layer's rate over that of the next one")
+    group.add_argument("--mixup", type=at_least(0.0), help="alpha, 0 for none")
+    group.add_argument("--cutmix", type=at_least(0.0), help="alpha, 0 for none")
+    group.add_argument("--smoothing", type=at_least(0.0, 0.99), help="of the labels")
+    group.add_argument("--erasing", type=at_least(0.0, 1.0), help="probability that a part of an image is erased")
     group.add_argument("--randaugment", help="timm's name, such as rand-m9-mstd0.5-inc1, or none")
-    group = parser.add_argument_group("system")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--num_workers", type=non_negative, default=CORES, help="that decode files (default: %(default)s)")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone (default: on CUDA)")
-    group.add_argument("--output_dir", help="(default: runs/linear, or runs/finetune)")
-    group.add_argument("--resume", action="store_true", help="go on from output_dir/checkpoint.pth, if there is one")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
-    group.add_argument("--save_every", type=non_negative, default=1, help="epochs between checkpoints, 0: the end (default: 1)")
-    group.add_argument("--log_every", type=int, default=10, help="steps between log records (default: 10)")
-    parser.set_defaults(knn_every=0)  # `Run` asks for it
+    add_system_arguments(parser, None)
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or ("runs/finetune" if args.finetune else "runs/linear")
     return args
 
 
 FINETUNING = ("warmup_epochs", "layer_decay", "mixup", "cutmix", "erasing", "smoothing", "randaugment")
-LIMITS = {"holdout": (0, 0.9), "layer_decay": (0.01, 1), "mixup": (0, 1e3), "cutmix": (0, 1e3), "erasing": (0, 1), "smoothing": (0, 0.99)}
 
 
 def main():
     """Each data set by itself; of several, each in a folder of its own, and a table at the end (SDSSL's Table 4)."""
     args = parse_arguments()
     if args.compare:
+        refuse_to_replace([Path(args.output_dir) / "multi_exit.png"], args.overwrite)
         return compare(args.compare, Path(args.output_dir))
     names = {data: Path(data).name or data for data in args.data}
     if len(set(names.values())) < len(args.data):
@@ -557,7 +530,6 @@ def evaluate_on(args) -> list[dict]:
     for name in FINETUNING:
         if getattr(args, name) is not None and not args.finetune:
             raise InputError(f"--{name} is for --finetune: probes have no augmentation but crops and flips")
-    check_limits(args, LIMITS)
     rates = len(args.lr or RATES[: 1 if args.finetune else None])
     if args.finetune and (args.layers == "all" or args.cached or rates > 1):
         raise InputError("--layers all, --cached and several --lr are for probes, not for --finetune")
@@ -568,7 +540,7 @@ def evaluate_on(args) -> list[dict]:
     device = setup(args)
     backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size, args.network, args.num_heads)
     arch = meta["backbone"]["arch"]
-    if args.pool in ("cls", "both") and not has_tokens(backbone):
+    if args.pool in ("cls", "both") and not backbone.has_tokens:
         raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")
     args.pool = args.pool or ("mean" if args.finetune else "cls")
     data, held, test = labelled_data(args)
@@ -586,4 +558,4 @@ def evaluate_on(args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

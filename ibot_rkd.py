@@ -61,9 +61,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as tv
 
 from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Parser, Run, View, ViewLoader, VisionTransformer, add_arguments,
-                    apply_recipe, autocast, byol_views, check_limits, cosine_schedule, create_backbone, distributed, draw,
-                    ema_update, fp32, gather, knn_accuracy, load_backbone, load_data, local_rows, log, make_folder,
-                    mean_over_processes, normalize, parameter_groups, read_image, run, setup, start_from, subplots)
+                    apply_recipe, at_least, autocast, byol_views, cosine_schedule, create_backbone, distributed, draw,
+                    ema_update, existing_file, fp32, gather, knn_accuracy, launch, load_backbone, load_data, local_rows, log,
+                    mean_over_processes, parameter_groups, read_image, refuse_to_replace, setup, start_from, subplots)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -89,11 +89,6 @@ RECIPES = {
                      teacher_temp=0.04, teacher_patch_temp=0.07, temp_epochs=30, global_views=None,
                      local_size=96, local_scale=(0.05, 0.25), views=dict(scale=(0.14, 1.0))),
 }
-
-LIMITS = {"relation_tau": (1e-6, 1e3), "student_temp": (1e-6, 1e3), "teacher_temp": (1e-6, 1e3), "teacher_patch_temp": (1e-6, 1e3),
-          "angle_vertices": (1, 1e6), "global_views": (1, 100), "local_crops": (0, 100), "local_size": (1, 1e5), "out_dim": (2, 1e7),
-          "drop_path": (0, 0.99), "temp_epochs": (0, 1e6), "weight_decay_end": (0, 1e3), "clip_grad": (1e-9, 1e9),
-          "freeze_last_layer": (0, 1e6)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -342,10 +337,9 @@ class Teacher(nn.Module):
 def build(args) -> tuple[Student, Teacher, dict]:
     """-> student, teacher, and what a reader of the checkpoint must know of the backbone."""
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size, pos_embed=args.pos_embed)
-    backbone = create_backbone(**options)
-    if not isinstance(backbone, VisionTransformer):
+    if not hasattr(create_backbone(**options), "forward_features"):
         raise InputError(f"--arch {args.arch} has no patch tokens to mask: use one of this repository's ViTs, such as vit_small")
-    backbone = create_backbone(**options, drop_path=args.drop_path)
+    backbone = create_backbone(**options, drop_path=args.drop_path, mask_token=True)
     if args.init:
         start_from(backbone, args.init)
     student = Student(backbone, args.hidden, args.out_dim)
@@ -368,7 +362,6 @@ def make_views(args, recipe: dict) -> list[View]:
 
 def settle(args) -> None:
     """The number of views, which depends on the potentials, and whether there are items enough for these."""
-    check_limits(args, LIMITS)
     relations = [name for name in args.potential if name != "none"]
     if args.global_views is None:
         args.global_views = 4 if relations else 2
@@ -412,11 +405,14 @@ def train(args) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
 
     loader = ViewLoader(train_data, make_views(args, recipe), args.batch_size, args.seed, device, args.num_workers)
-    steps_per_epoch = loader.steps_per_epoch
-    total = args.epochs * steps_per_epoch
-    job = Run(args, total, steps_per_epoch)
-    job.same_data(train_data)
-    job.restore(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
+
+    def knn():
+        return knn_accuracy(teacher.backbone, train_data, test_data, args.img_size, device, num_workers=args.num_workers,
+                            dtype=args.dtype)
+
+    run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student, teacher=teacher, optimizer=optimizer,
+              scaler=scaler)
+    total, steps_per_epoch = run.total, run.steps_per_epoch
 
     peak_lr = args.lr * args.batch_size / 256
     lr = cosine_schedule(peak_lr, 1e-6, total, warmup=int(args.warmup_epochs * steps_per_epoch))
@@ -436,17 +432,7 @@ def train(args) -> None:
         """Uniform numbers of this process's images (views*B, columns), the view outermost."""
         return torch.cat([draw(args.seed, step, stream + v, M, columns)[local_rows(M)] for v in range(views)])
 
-    def knn():
-        return knn_accuracy(teacher.backbone, train_data, test_data, args.img_size, device, num_workers=args.num_workers,
-                            dtype=args.dtype)
-
-    def state():
-        return dict(student=student.state_dict(), teacher=teacher.state_dict(), optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), meta=meta)
-
-    if job.start == 0:
-        job.record_knn(0, knn())
-    for step, views, _ in loader.steps(job.start, job.stop):  # V global views and L local crops, (B, 3, S, S) each
+    for step, views, _ in run.steps():  # V global views and L local crops, (B, 3, S, S) each
         # schedules
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
@@ -495,13 +481,10 @@ def train(args) -> None:
         teacher.update(student, float(momentum[step]))
         teacher.recentre(t_cls.flatten(0, 1), t_patch)
 
-        # log
-        job.watch(step, losses)
-        if job.log_now(step):
-            accuracy = (t_cls[0].argmax(-1) == s_cls[1].argmax(-1)).float().mean()  # Fig. 2
-            job.log_step(step, {**losses, "accuracy": accuracy}, loader.waited, features=features[: len(x) // V],
-                         lr=float(lr[step]), momentum=float(momentum[step]), gradient_norm=norm.item(), chance=chance)
-        job.after_step(step, state, knn)
+        # log, check and save, where it is due
+        accuracy = (t_cls[0].argmax(-1) == s_cls[1].argmax(-1)).float().mean()  # Fig. 2
+        run.end_step(step, losses, features=features[: len(x) // V], accuracy=accuracy, lr=float(lr[step]),
+                     momentum=float(momentum[step]), gradient_norm=norm, chance=chance)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -522,6 +505,8 @@ def draw_attention(args) -> None:
     from matplotlib import colormaps
 
     device = setup(args)
+    path = Path(args.output_dir) / "attention.png"
+    refuse_to_replace([path], args.overwrite)
     images = [path for path in args.attention if Path(path).suffix.lower() in IMAGE_SUFFIXES]
     checkpoints = [path for path in args.attention if path not in images]
     if not images or not checkpoints:
@@ -529,9 +514,9 @@ def draw_attention(args) -> None:
     networks = [load_backbone(path, args.arch, args.patch_size) for path in checkpoints]
     rows = []
     for image in map(read_image, images):  # (3, H, W)
-        for path, (backbone, meta) in zip(checkpoints, networks, strict=True):
-            if not isinstance(backbone, VisionTransformer):
-                raise InputError(f"{path} is not one of this repository's ViTs: it has no attention to draw")
+        for file, (backbone, meta) in zip(checkpoints, networks, strict=True):
+            if not hasattr(backbone, "get_last_selfattention"):
+                raise InputError(f"{file} is not one of this repository's ViTs: it has no attention to draw")
             x, p = image[None].to(device) / 255, backbone.patch_size  # (1, 3, H, W)
             if args.img_size:
                 x = tv.resize(x, [args.img_size], antialias=True)
@@ -541,11 +526,11 @@ def draw_attention(args) -> None:
             x = x[:, :, : x.shape[2] // p * p, : x.shape[3] // p * p]
             if not x.numel():
                 raise InputError(f"an image of {tuple(image.shape[1:])} pixels is smaller than a patch of {p}: pass --img_size")
-            maps = attention_maps(backbone.to(device), normalize(x, meta["mean"], meta["std"])).cpu()  # (heads, h, w)
+            maps = attention_maps(backbone.to(device), tv.normalize(x, meta["mean"], meta["std"])).cpu()  # (heads, h, w)
             maps = (maps / maps.amax((1, 2), keepdim=True)).numpy()
             hues = colormaps["hsv"](np.arange(len(maps)) / len(maps))[:, :3]  # (heads, 3)
             combined = np.einsum("nhw,nc->hwc", maps, hues)  # (h, w, 3)
-            rows.append((Path(path).parent.name, [x[0].permute(1, 2, 0).cpu().numpy(), *maps, combined / combined.max()]))
+            rows.append((Path(file).parent.name, [x[0].permute(1, 2, 0).cpu().numpy(), *maps, combined / combined.max()]))
     columns = max(len(pictures) for _, pictures in rows)
     figure, axes = subplots(len(rows), columns, 1.8, 1.8)
     for axis in axes.flat:
@@ -555,8 +540,7 @@ def draw_attention(args) -> None:
         for axis, picture, title in zip(line, pictures, titles, strict=False):
             axis.imshow(picture)
             axis.set_title(title, fontsize=7)
-    path = Path(args.output_dir) / "attention.png"
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     log(f"wrote {path}")
 
@@ -574,31 +558,31 @@ def parse_arguments(argv=None):
     group.add_argument("--relations", default="image", choices=["image", "batch"], help="among whose views (default: image)")
     group.add_argument("--patch_relations", default="tokens", choices=["tokens", "views"],
                        help="of patches: among a view's tokens, or among whole views as --relations says (default: tokens)")
-    group.add_argument("--relation_tau", type=float, default=0.1, help="temperature of ce, both sides (default: %(default)s)")
-    group.add_argument("--angle_vertices", type=int, default=8, help="masked tokens where angles are taken (default: 8)")
+    group.add_argument("--relation_tau", type=at_least(1e-6), default=0.1, help="temperature of ce, both sides (default: %(default)s)")
+    group.add_argument("--angle_vertices", type=at_least(1), default=8, help="masked tokens where angles are taken (default: 8)")
     group = parser.add_argument_group("views")
-    group.add_argument("--global_views", type=int, help="(default: recipe; else 4 with relations, 2 without)")
-    group.add_argument("--local_crops", type=int, default=0, help="for the student's [CLS] in iBOT's own loss (default: 0)")
-    group.add_argument("--local_size", type=int, help="their side in pixels (default: recipe)")
+    group.add_argument("--global_views", type=at_least(1), help="(default: recipe; else 4 with relations, 2 without)")
+    group.add_argument("--local_crops", type=at_least(0), default=0, help="for the student's [CLS] in iBOT's own loss (default: 0)")
+    group.add_argument("--local_size", type=at_least(1), help="their side in pixels (default: recipe)")
     group.add_argument("--mask_ratio", type=float, default=0.3, help="share of patches masked (default: %(default)s)")
     group.add_argument("--mask_ratio_var", type=float, default=0.0, help="each view draws it from so far around (default: 0)")
     group = parser.add_argument_group("iBOT")
-    group.add_argument("--hidden", type=int, help="width of the head (default: recipe)")
-    group.add_argument("--out_dim", type=int, help="outputs of the head (default: recipe)")
+    group.add_argument("--hidden", type=at_least(1), help="width of the head (default: recipe)")
+    group.add_argument("--out_dim", type=at_least(2), help="outputs of the head (default: recipe)")
     group.add_argument("--pos_embed", choices=["learnt", "sincos"], help="positions (default: recipe)")
-    group.add_argument("--drop_path", type=float, help="stochastic depth of the student (default: recipe)")
-    group.add_argument("--momentum", type=float, help="of the teacher at the start, rising to 1 (default: recipe)")
-    group.add_argument("--student_temp", type=float, default=0.1, help="temperature (default: %(default)s)")
-    group.add_argument("--teacher_temp", type=float, help="temperature, of [CLS] (default: recipe)")
-    group.add_argument("--teacher_patch_temp", type=float, help="of patches, after a rise (default: recipe)")
-    group.add_argument("--temp_epochs", type=float, help="that the rise from --teacher_temp takes (default: recipe)")
-    group.add_argument("--weight_decay_end", type=float, default=0.4, help="reached along a cosine (default: %(default)s)")
-    group.add_argument("--clip_grad", type=float, default=3.0, help="largest norm of the gradient (default: %(default)s)")
-    group.add_argument("--freeze_last_layer", type=float, default=1.0, help="epochs in which it stays (default: 1)")
-    parser.add_argument("--attention", nargs="+", metavar="FILE", help="draw Fig. 3 for these checkpoints and images instead")
+    group.add_argument("--drop_path", type=at_least(0.0, 0.99), help="stochastic depth of the student (default: recipe)")
+    group.add_argument("--momentum", type=at_least(0.0), help="of the teacher at the start, rising to 1 (default: recipe)")
+    group.add_argument("--student_temp", type=at_least(1e-6), default=0.1, help="temperature (default: %(default)s)")
+    group.add_argument("--teacher_temp", type=at_least(1e-6), help="temperature, of [CLS] (default: recipe)")
+    group.add_argument("--teacher_patch_temp", type=at_least(1e-6), help="of patches, after a rise (default: recipe)")
+    group.add_argument("--temp_epochs", type=at_least(0.0), help="that the rise from --teacher_temp takes (default: recipe)")
+    group.add_argument("--weight_decay_end", type=at_least(0.0), default=0.4, help="reached along a cosine (default: %(default)s)")
+    group.add_argument("--clip_grad", type=at_least(1e-9), default=3.0, help="largest norm of the gradient (default: %(default)s)")
+    group.add_argument("--freeze_last_layer", type=at_least(0.0), default=1.0, help="epochs in which it stays (default: 1)")
+    parser.add_argument("--attention", nargs="+", type=existing_file, metavar="FILE", help="draw Fig. 3 for these checkpoints and images instead")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(lambda: draw_attention(arguments) if arguments.attention else train(arguments))
+    launch(lambda: draw_attention(arguments) if arguments.attention else train(arguments))

@@ -56,11 +56,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
-from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser, ResNet, Run, View, ViewLoader, add_arguments,
-                    apply_recipe, autocast, backbone_weights, barrier, check_limits, cosine_schedule, create_backbone,
-                    distributed, draw, eval_batches, extract_features, fp32, gather, knn_accuracy, load_data, load_weights,
-                    local_rows, log, meta_of, non_negative, parameter_groups, rank, read_checkpoint, run, setup, start_from,
-                    subplots, world_size)
+from common import (MEAN, RECIPE_OF, RESNETS, STD, BatchNorm, ImageData, InputError, Parser, ResNet, Run, View, ViewLoader, add_arguments,
+                    apply_recipe, at_least, autocast, backbone_weights, barrier, cosine_schedule, create_backbone, distributed,
+                    draw, eval_batches, existing_file, extract_features, fp32, gather, knn_accuracy, launch, load_data,
+                    load_weights, local_rows, log, meta_of, parameter_groups, rank, read_checkpoint, setup, start_from, subplots,
+                    world_size)
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
@@ -118,8 +118,6 @@ TABLES = {
         ("per class, 130", "ae32-class", dict(loss="rrkd", anchors="class")),
         ("best per class, 130", "ae32-confident", dict(loss="rrkd", anchors="confident"))]),
 }
-
-LIMITS = {"lambda_d": (0, 1e6), "lambda_ce": (0, 1e6), "lambda_soft": (0, 1e6), "tau": (1e-6, 1e3)}
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -249,8 +247,6 @@ def make_backbone(arch: str, img_size: int, patch_size: int = 4, pretrained=Fals
     backbone = create_backbone(arch, img_size, patch_size, pretrained, **options)
     if pretrained and arch in RESNETS:
         load_weights(backbone, create_backbone(f"timm/{arch}", pretrained=True).model.state_dict(), f"timm/{arch}")
-    if hasattr(backbone, "mask_token"):
-        backbone.mask_token.requires_grad_(False)  # no masks in this method
     return backbone
 
 
@@ -343,12 +339,11 @@ def labelled(data: ImageData) -> ImageData:
     return data if (data.labels >= 0).all() else data.subset((data.labels >= 0).nonzero()[:, 0])
 
 
-def prepare(args, name=None) -> tuple[ImageData, ImageData | None, ImageData | None]:
+def prepare(args) -> tuple[ImageData, ImageData | None, ImageData | None]:
     """Fills `args` from the recipe -> training images, those of the k-NN monitor (validation, if any, else test), test images."""
-    check_limits(args, LIMITS)
     train_data, test_data = load_data(args.data, args.data_path)
     recipes = {data: {**recipe, **(QUICK[data] if args.quick else {})} for data, recipe in RECIPES.items()}
-    apply_recipe(args, recipes, train_data, name)
+    apply_recipe(args, recipes, train_data)
 
     def spaced(data):  # evenly over the data set, which may be sorted by class
         few = min(args.images or len(data), len(data))
@@ -446,21 +441,22 @@ def fit(args, data, teacher_file=None) -> dict:
 
     loader = ViewLoader(train_data, [View(args.img_size, **args.view)], args.batch_size, args.seed, device, args.num_workers,
                         meta["mean"], meta["std"])
-    total = args.epochs * loader.steps_per_epoch
-    job = Run(args, total, loader.steps_per_epoch)
-    job.same_data(train_data)
+
+    def knn():
+        return None if args.quick else knn_accuracy(student.backbone, train_data, monitor_data, **embed.keywords)
+
     parameters = sum(p.numel() for p in student.backbone.parameters())
     peak_lr = args.lr * args.batch_size / 256
-    log(f"{args.arch}, --loss {args.loss}: {parameters:,} parameters, {total} steps of {args.batch_size} images, "
+    log(f"{args.arch}, --loss {args.loss}: {parameters:,} parameters, {args.epochs * loader.steps_per_epoch} steps of {args.batch_size} images, "
         f"lr {args.lr:.1e} * {args.batch_size} / 256 = {peak_lr:.1e}")
     if teacher:  # what Eq. 3 gives a student that knows nothing
         shown = test_data or train_data
         maps = {name: relation_map(embed, x.backbone, shown) for name, x in (("teacher", teacher), ("untrained", student))}
         untrained, collapsed = (rrkd_loss(v, maps["teacher"]) for v in (maps["untrained"], torch.ones_like(maps["teacher"])))
         log(f"chance level of loss_rrkd: {untrained:.3f} untrained, {collapsed:.3f} with all images in one point")
-    job.restore(student=student, optimizer=optimizer, scaler=scaler)
+    run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student, optimizer=optimizer, scaler=scaler)
 
-    lr = cosine_schedule(peak_lr, peak_lr, total, warmup=int(args.warmup_epochs * loader.steps_per_epoch))  # constant
+    lr = cosine_schedule(peak_lr, peak_lr, run.total, warmup=int(args.warmup_epochs * loader.steps_per_epoch))  # constant
     lambda_d = args.lambda_d if args.lambda_d is not None else 1.5 if args.loss == "lpkd" else 1.0  # Sec. 4 and 5.2
     weights = {f"loss_{args.loss}": lambda_d, "loss_ce": args.lambda_ce, "loss_soft": args.lambda_soft} if teacher else {}
     tau = args.tau or (0.5 if args.loss == "lpkd" else 4.0)
@@ -475,16 +471,8 @@ def fit(args, data, teacher_file=None) -> dict:
         with torch.no_grad():
             anchors_t = gather(teacher(x_a)[0])  # (A, D_t)
 
-    def knn():
-        return None if args.quick else knn_accuracy(student.backbone, train_data, monitor_data, **embed.keywords)
-
-    def state():
-        return dict(student=student.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), meta=meta)
-
     began = time.perf_counter()
-    if job.start == 0:
-        job.record_knn(0, knn())
-    for step, (x,), index in loader.steps(job.start, job.stop):  # one view (B, 3, S, S)
+    for step, (x,), index in run.steps():  # one view (B, 3, S, S)
         # schedule
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
@@ -525,25 +513,22 @@ def fit(args, data, teacher_file=None) -> dict:
         scaler.step(optimizer)
         scaler.update()
 
-        # log
-        job.watch(step, losses)
-        if job.log_now(step):
-            job.log_step(step, losses, loader.waited, features=z_s.detach(), lr=float(lr[step]))
-        job.after_step(step, state, knn)
+        # log, check and save, where it is due
+        run.end_step(step, losses, features=z_s, lr=float(lr[step]))
 
     # result, once: a finished run that is resumed finds it in its log
     barrier()  # the first process has written the log
-    done = max(job.start, job.stop)
-    found = [record for record in job.records() if record["step"] == done and "parameters" in record]
+    done = max(run.start, run.stop)
+    found = [record for record in run.records() if record["step"] == done and "parameters" in record]
     if found:
         return found[-1]
     if teacher:
         maps["trained"] = relation_map(embed, student.backbone, shown)
         if rank() == 0:
-            draw_maps(job.folder / "maps.png", maps)
+            draw_maps(run.folder / "maps.png", maps)
     result = dict(step=done, **accuracy(embed, student, train_data, test_data, args.metric), parameters=parameters,
                   minutes=(time.perf_counter() - began) / 60)
-    job.record(**result)
+    run.record(**result)
     return result
 
 
@@ -596,7 +581,9 @@ def table(args) -> None:
         settings = {**spec["settings"], **({} if args.quick else settings)}
         base = variant(args, **{**settings, **given, "data": column, "resume": not args.overwrite,
                                 "table": None, "seeds": None})
-        data = prepare(base, Path(column).name if Path(column).name in spec["columns"] else None)
+        if Path(column).name in spec["columns"]:  # a folder named cifar10 is CIFAR-10
+            base.recipe = base.recipe or RECIPE_OF.get(Path(column).name, Path(column).name)
+        data = prepare(base)
         if data[2] is None or not data[2].labelled or len(data[0].classes) < 2:
             raise InputError(f"{column} has no test images with labels: a table needs train/ and val/ of two class folders or more")
         results = {name: [] for name, _, _ in spec["rows"]}
@@ -651,7 +638,7 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("networks")
     group.add_argument("--student_arch", dest="arch", help=f"the same as --arch; here also {', '.join(MLPS)} and resnet9_half")
     group.add_argument("--teacher_arch", help="trained here first (default: recipe)")
-    group.add_argument("--teacher", metavar="FILE", help="a checkpoint that holds the teacher, or weights for --teacher_arch")
+    group.add_argument("--teacher", type=existing_file, metavar="FILE", help="a checkpoint that holds the teacher, or weights for --teacher_arch")
     group.add_argument("--pretrained", action=flag, help="start from timm's ImageNet weights (default: recipe)")
     group.add_argument("--baseline", action=flag, default=True, help="also train the student's network without distillation")
     group = parser.add_argument_group("method")
@@ -660,13 +647,13 @@ def parse_arguments(argv=None):
     group.add_argument("--labels", action=flag, help="cross-entropy with the labels beside the loss, Eq. 4 (default: recipe)")
     group.add_argument("--anchors", default="batch", choices=["batch", "random", "class", "confident"],
                        help="what rrkd compares an image with; all but batch stay fixed (default: batch)")
-    group.add_argument("--lambda_d", type=float, help="weight of the distillation term (default: 1; lpkd 1.5)")
-    group.add_argument("--lambda_ce", type=float, default=1.0, help="weight of the labels' term (default: %(default)s)")
-    group.add_argument("--lambda_soft", type=float, default=2.0, help="weight of lpkd's soft labels (default: %(default)s)")
-    group.add_argument("--tau", type=float, help="temperature of soft labels (default: lpkd 0.5, kd 4)")
-    group.add_argument("--momentum", type=float, help="of SGD (default: recipe)")
+    group.add_argument("--lambda_d", type=at_least(0.0), help="weight of the distillation term (default: 1; lpkd 1.5)")
+    group.add_argument("--lambda_ce", type=at_least(0.0), default=1.0, help="weight of the labels' term (default: %(default)s)")
+    group.add_argument("--lambda_soft", type=at_least(0.0), default=2.0, help="weight of lpkd's soft labels (default: %(default)s)")
+    group.add_argument("--tau", type=at_least(1e-6), help="temperature of soft labels (default: lpkd 0.5, kd 4)")
+    group.add_argument("--momentum", type=at_least(0.0), help="of SGD (default: recipe)")
     group.add_argument("--metric", choices=["probe", "head"], help="test accuracy of a linear probe or of the classifier")
-    group.add_argument("--images", type=non_negative, help="training and test images at most; 0: all (default: recipe)")
+    group.add_argument("--images", type=at_least(0), help="training and test images at most; 0: all (default: recipe)")
     group = parser.add_argument_group("tables")
     group.add_argument("--table", type=int, choices=list(TABLES), help="run a table of the paper instead")
     group.add_argument("--seeds", type=int, nargs="+", help="of a table (default: 42 43 44; with --quick 42)")
@@ -681,4 +668,4 @@ def parse_arguments(argv=None):
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    run(lambda: table(arguments) if arguments.table else train(arguments))
+    launch(lambda: table(arguments) if arguments.table else train(arguments))

@@ -109,13 +109,13 @@ def leaf(*shape, seed=0, dtype=torch.float64):
 
 
 def finished(capsys, main):
-    """`run(main)` in this process, which must exit -> something like a finished process."""
+    """`launch(main)` in this process, which must exit -> something like a finished process."""
     import common
 
     capsys.readouterr()
     streams = sys.stdout, sys.stderr
     with pytest.raises(SystemExit) as stopped:
-        common.run(main)
+        common.launch(main)
     sys.stdout, sys.stderr = streams
     return subprocess.CompletedProcess(main, stopped.value.code, *capsys.readouterr())
 

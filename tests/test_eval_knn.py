@@ -38,7 +38,7 @@ def evaluate(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            common.run(eval_knn.main)
+            common.launch(eval_knn.main)
         except SystemExit as stop:
             code = stop.code
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
@@ -337,8 +337,8 @@ def ours(tmp_path_factory):
     """A checkpoint of this repository, of which the student is to be evaluated."""
     torch.manual_seed(0)
     backbone = {"arch": "vit_nano", "img_size": 16, "patch_size": 4, "depth": 3}
-    student = noisy(common.create_backbone(**backbone), 4)
-    weights = prefixed("backbone.", student.state_dict()) | {"projector.0.weight": torch.randn(8, 96)}
+    student = noisy(common.create_backbone(**backbone, mask_token=True), 4).state_dict()
+    weights = prefixed("backbone.", {key: value for key, value in student.items() if key != "mask_token"}) | {"projector.0.weight": torch.randn(8, 96)}
     path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
     torch.save({"student": weights, "step": 7, "args": {"lr": 0.1},
                 "meta": {"network": "student", "backbone": backbone, "mean": MEAN, "std": STD}}, path)
@@ -363,8 +363,8 @@ def digits_features(ours):
 def sklearn_knn(train, train_labels, test, test_labels, k):
     """Top-1 and top-5 of scikit-learn's k-NN with DINO's weights."""
     knn = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    order = torch.from_numpy(knn.fit(train.numpy(), train_labels.numpy()).predict_proba(test.numpy())).argsort(1, descending=True)
-    hits = order == test_labels[:, None]
+    votes, order = torch.from_numpy(knn.fit(train.numpy(), train_labels.numpy()).predict_proba(test.numpy())).sort(1, descending=True)
+    hits = (order == test_labels[:, None]) & (votes > 0)  # a class without a vote is no hit
     return 100 * hits[:, 0].float().mean().item(), 100 * hits[:, :5].any(1).float().mean().item()
 
 
@@ -458,7 +458,7 @@ def test_images_without_a_label_do_not_vote(save, evaluate, ours, monkeypatch, t
 def test_no_checkpoint_means_random_weights_and_says_so(evaluate, small_folder, tmp_path):
     def features(*options):
         result = evaluate("--arch", "vit_nano", "--patch_size", 8, "--img_size", 16, "--data", small_folder,
-                          "--features", tmp_path / "f.pth", *options)
+                          "--features", tmp_path / "f.pth", "--overwrite", *options)
         assert "random weights" in result.stdout and result.returncode == 0
         return torch.load(tmp_path / "f.pth", weights_only=True)["test"]["features"]
 
@@ -510,7 +510,7 @@ def test_bad_values_for_our_checkpoint(options, patterns, evaluate, ours, small_
     (["--arch", "vit_smal"], ["unknown --arch vit_smal", "vit_small", "timm/NAME"]),
     (["--arch", "timm/vit_smal"], ["timm has no model 'vit_smal'"]),
     (["--arch", "vit_nano", "--img_size", 100], ["100 x 100", "patch size 16"]),
-    (["--arch", "vit_nano", "--checkpoint", "nowhere.pth"], ["no checkpoint file nowhere.pth"]),
+    (["--arch", "vit_nano", "--checkpoint", "nowhere.pth"], ["no file .*nowhere.pth"]),
 ])
 def test_bad_values_without_a_checkpoint(options, patterns, evaluate, small_folder):
     assert_one_line_error(evaluate("--data", small_folder, *options), *patterns)
@@ -526,7 +526,7 @@ def test_bad_folders(evaluate, ours, tmp_path):
     (tmp_path / "val" / "train" / "ant").mkdir(parents=True)
     assert_one_line_error(evaluate("--checkpoint", ours, "--data", tmp_path / "nowhere"), "nowhere is neither a directory nor")
     assert_one_line_error(evaluate("--checkpoint", ours, "--data", tmp_path / "empty"), "no images under .*empty")
-    assert_one_line_error(evaluate("--checkpoint", ours, "--data", tmp_path / "val"), "no images under .*train")
+    assert_one_line_error(evaluate("--checkpoint", ours, "--data", tmp_path / "val"), "class folder .*train/ant has no images")
 
 
 def test_class_folder_that_training_lacks(evaluate, ours, tmp_path):
@@ -1161,12 +1161,12 @@ def test_other_backbones(student, copydays, oxford, evaluate, tmp_path):
     ours, theirs = (load_backbone(str(tmp_path / "weights.pth"), arch, 16, 32)[0] for arch in archs)
     x = torch.randn(2, 3, 32, 32)
     for layers in (False, True):
-        found = [common.token_layers(backbone, x, layers) for backbone in (ours, theirs)]
+        found = [backbone.tokens(x, 12 if layers else 1) for backbone in (ours, theirs)]
         assert len(found[0]) == len(found[1]) == (12 if layers else 1) and found[0][0][1].shape == (2, 2, 2, 192)
         for (cls, patches), (their_cls, their_patches) in zip(*found, strict=True):
             torch.testing.assert_close(cls, their_cls, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(patches, their_patches, rtol=1e-4, atol=1e-4)
-    assert common.token_layers(ours, torch.randn(1, 3, 48, 80), False)[0][1].shape == (1, 3, 5, 192)
+    assert ours.tokens(torch.randn(1, 3, 48, 80), 1)[0][1].shape == (1, 3, 5, 192)
     options = ["--num_workers", 0, "--img_size", 32, "--overwrite", "--output_dir", tmp_path / "out"]
     copy = ["--task", "copy", "--data", copydays, "--layers", "all", *options]
     result = evaluate("--arch", archs[1], "--checkpoint", tmp_path / "weights.pth", *copy)
@@ -1302,8 +1302,6 @@ def test_named_data_sets_and_a_small_one(ours, evaluate, monkeypatch, small_fold
     (["--task", "copy", "--features", "f.pth"], ["--features is not for --task copy"]),
     (["--task", "copy", "--chunk", 0], ["--chunk must be at least 1"]),
     (["--temperature", "nan"], ["--temperature must be at least 0.012"]),
-    (["--output_dir", "README.md/x"], ["cannot make the folder README.md/x"]),
-    (["--features", "README.md/x/f.pth"], ["cannot make the folder README.md/x"]),
     (["--layers", "all", "--output_dir", "/dev/null/x", "--compare", "tests"], ["tests/results.json holds no results of --task knn"]),
     (["--task", "retrieval", "--scales", 1, 0], ["--scales must be above 0"]),
     (["--data", "digits", "mnist", "--features", "f.pth"], ["--features takes one data set"]),
@@ -1313,6 +1311,19 @@ def test_named_data_sets_and_a_small_one(ours, evaluate, monkeypatch, small_fold
 ])
 def test_bad_values_of_the_tasks(options, patterns, evaluate, ours):
     assert_one_line_error(evaluate("--checkpoint", ours, *options), *patterns)
+
+
+@pytest.mark.parametrize("options", [["--output_dir", "README.md/x"], ["--features", "README.md/x/f.pth"]])
+def test_a_folder_that_cannot_be_made(options, evaluate, ours):
+    assert_one_line_error(evaluate("--checkpoint", ours, *options), "README.md/x", code=1)
+
+
+def test_files_are_not_replaced_unasked(evaluate, ours, tmp_path):
+    """--features over a checkpoint: one line, before the work; --overwrite replaces it."""
+    (tmp_path / "f.pth").write_bytes(b"precious")
+    assert_one_line_error(evaluate("--checkpoint", ours, "--features", tmp_path / "f.pth"), "f.pth already exists", "--overwrite")
+    assert (tmp_path / "f.pth").read_bytes() == b"precious"
+    assert evaluate("--checkpoint", ours, "--features", tmp_path / "f.pth", "--overwrite").returncode == 0
 
 
 @pytest.fixture

@@ -42,11 +42,11 @@ def evaluate(monkeypatch, capsys, tmp_path):
 
     def call(folder, *arguments):
         monkeypatch.setattr(sys, "argv", sys.argv)
-        monkeypatch.setattr(common, "_signal_received", [])
+        monkeypatch.setattr(common, "signals", [])
         capsys.readouterr()
         code = 0
         try:
-            common.run(lambda: call_main(["--output_dir", tmp_path / folder, "--num_workers", 0, *arguments]))
+            common.launch(lambda: call_main(["--output_dir", tmp_path / folder, "--num_workers", 0, *arguments]))
         except SystemExit as stop:
             code = stop.code
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
@@ -694,19 +694,20 @@ def test_bad_input_through_the_shell(tmp_path):
     (["--finetune", "all", "--layers", "all"], ["are for probes"]),
     (["--finetune", "all", "--cached"], ["are for probes"]),
     (["--finetune", "all", "--lr", 1, 2], ["are for probes"]),
-    (["--finetune", "all", "--erasing", 1.5], ["--erasing must be between 0 and 1, not 1.5"]),
-    (["--finetune", "all", "--layer_decay", 0], ["--layer_decay must be between"]),
+    (["--finetune", "all", "--erasing", 1.5], ["argument --erasing: 1.5 is not a number of at least 0.0 and at most 1.0"]),
+    (["--finetune", "all", "--layer_decay", 0], ["argument --layer_decay: 0 is not a number of at least 0.01"]),
     (["--finetune", "all", "--randaugment", "strong"], ["--randaugment strong is not understood"]),
     (["--finetune", "all", "--batch_size", 25], ["--batch_size 25 is odd"]),
-    (["--lr", 0.1, -1], ["--lr must be between 0"]),
-    (["--lr", 0.1, "nan"], ["--lr must be between 0"]),
+    (["--lr", 0.1, -1], ["argument --lr: -1 is not a number"]),
+    (["--lr", 0.1, "nan"], ["argument --lr: nan is not a number"]),
     (["--holdout", 0], ["--holdout 0 leaves no images"]),
     (["--holdout", 0.001], ["300 labelled training images are too few"]),
-    (["--holdout", 2], ["--holdout must be between 0 and 0.9"]),
+    (["--holdout", 2], ["argument --holdout: 2 is not a number of at least 0.0 and at most 0.9"]),
     (["--img_size", 18], ["18 x 18", "patch size 4"]),
-    (["--img_size", 0], ["--img_size must be between 1"]),
+    (["--checkpoint", ""], ["argument --checkpoint: no file ''"]),
+    (["--img_size", 0], ["argument --img_size: 0 is not a number"]),
     (["--batch_size", 5000], ["fewer than --batch_size 5000"]),
-    (["--batch_size", 1], ["--batch_size must be at least 2"]),
+    (["--batch_size", 1], ["argument --batch_size: 1 is not a number of at least 2"]),
     (["--epochs", 0], ["--epochs"]),
     (["--arch", "vit_tiny"], ["vit_nano", "vit_tiny"]),
     (["--network", "teacher"], ["no teacher"]),
@@ -749,7 +750,7 @@ def test_bad_checkpoints(checkpoints, evaluate, tmp_path):
     del content["student"]["backbone.blocks.1.attn.qkv.bias"]
     torch.save(content, tmp_path / "cut.pth")
     assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "cut.pth"), "does not fit", r"blocks\.1\.attn\.qkv\.bias")
-    assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "nowhere.pth"), "no checkpoint file")
+    assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "nowhere.pth"), "no file")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "text.pth"), "is not a PyTorch checkpoint")
     assert_one_line_error(evaluate("a"), "--arch")
@@ -764,7 +765,7 @@ def test_timm_vits_that_pool_otherwise(evaluate, tmp_path, monkeypatch):
     flags = ["--arch", "timm/test_vit", "--checkpoint", tmp_path / "avg.pth", "--img_size", 32, "--max_steps", 1, "--batch_size", 8]
     backbone = common.create_backbone("timm/test_vit", img_size=32)
     common.save_file(backbone.model.state_dict(), tmp_path / "avg.pth")
-    assert_one_line_error(evaluate("a", *flags, "--layers", "all"), r"only where its own output is \[CLS\]")
+    assert_one_line_error(evaluate("a", *flags, "--layers", "all"), r"if its own output is \[CLS\]")
     assert evaluate("b", *flags, "--layers", "all", "--pool", "mean").returncode == 0
     network = eval_linear.Classifier(backbone, "mean", 10, head_only=False)
     network(torch.randn(2, 3, 32, 32)).sum().backward()

@@ -38,6 +38,14 @@ def train(folder, *extra):
     return torch.load(folder / "checkpoint.pth", weights_only=True)
 
 
+def sdssl_losses(framework, q1, q2, z1=None, z2=None, p1=None, p2=None):
+    """The losses of one framework, as the training loop calls them."""
+    if framework == "simclr":
+        return sdssl.simclr_losses(q1, q2)
+    losses = sdssl.byol_losses if framework == "byol" else sdssl.mocov3_losses
+    return losses(q1, q2, z1, z2, p1, p2)
+
+
 def method_flags(framework, sd):
     return ["--framework", framework, "--sd" if sd else "--no-sd"]
 
@@ -124,7 +132,7 @@ def test_terms_of_eq6(framework):
     z1, z2 = (q1[-1], q2[-1]) if framework == "simclr" else (leaf(N, 5, seed=4), leaf(N, 5, seed=5))
     if framework == "simclr":
         p1 = p2 = None
-    losses = sdssl.sdssl_losses(framework, q1, q2, z1, z2, p1, p2)
+    losses = sdssl_losses(framework, q1, q2, z1, z2, p1, p2)
 
     def ssl(q, z):
         return sdssl.regression_loss(q, z) if framework == "byol" else sdssl.info_nce(q, z)
@@ -194,7 +202,7 @@ def loss_gradients(framework, name, weights=None):
     if teacher:
         teacher.requires_grad_(True)  # were it not for the stop-gradient in the loss, gradient would now arrive
     z1, z2 = (teacher(x1), teacher(x2)) if teacher else (q1[-1], q2[-1])
-    loss = sdssl.sdssl_losses(framework, q1, q2, z1, z2, p1, p2)[name]
+    loss = sdssl_losses(framework, q1, q2, z1, z2, p1, p2)[name]
     loss.backward()
     return student, teacher
 
@@ -270,7 +278,7 @@ def step_gradients(number, framework, sd, arch):
     with torch.no_grad():
         z1, z2 = (teacher(x1), teacher(x2)) if teacher else (None, None)
     (q1, q2), (p1, p2) = model(x1, x2)
-    losses = sdssl.sdssl_losses(framework, q1, q2, *((z1, z2) if teacher else (q1[-1], q2[-1])), p1, p2)
+    losses = sdssl_losses(framework, q1, q2, *((z1, z2) if teacher else (q1[-1], q2[-1])), p1, p2)
     loss = sum(losses.values())
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
@@ -384,9 +392,11 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path, capsys):
                                                 (torch.randn(16, 1) * torch.randn(1, 8), True), (torch.randn(16, 8), False)])
 def test_collapse_is_named(features, collapsed, tmp_path, capsys):
     """P6: one point and one line are named, in print and in the log; an even spread is not."""
-    args = arguments(tmp_path, "--epochs", 1)
-    job = common.Run(args, 4, 2)
-    job.log_step(0, {"loss": torch.tensor(1.0)}, 0.0, features=features, lr=0.1)
+    args = arguments(tmp_path, "--epochs", 1, "--max_steps", 1)
+    loader = common.ViewLoader(common.load_data("digits")[0], common.byol_views(8), 32, 0, "cpu")
+    run = common.Run(args, loader, {})
+    for step, _, _ in run.steps():
+        run.end_step(step, {"loss": torch.tensor(1.0)}, features=features, lr=0.1)
     assert ("collapse at step 1" in capsys.readouterr().out) == collapsed == ("collapse" in read_log(tmp_path)[-1])
 
 
@@ -461,7 +471,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
     check("--isd_every", 4, says=["--isd_every 4 leaves none"])
     check("--framework", "simclr", "--isd_mlp", 0, says=["--isd_mlp 0 needs predictors"])
     check("--device", "cuda" if not torch.cuda.is_available() else "mps", says=["not available"])
-    check("--batch_size", 1, says=["--batch_size must be at least 2"])
+    check("--batch_size", 1, says=["argument --batch_size: 1 is not a number of at least 2"])
     check("--data", "cifar10", "--data_path", tmp_path / "empty", says=["cifar10", "--data_path"])
 
     (tmp_path / "cut").mkdir()
@@ -472,9 +482,10 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
 
     (tmp_path / "not.pth").write_text("not a checkpoint")
     check("--init", tmp_path / "not.pth", says=["not a PyTorch checkpoint"])
-    check("--init", tmp_path / "none.pth", says=["no checkpoint file"])
+    check("--init", tmp_path / "none.pth", says=["argument --init: no file .*none.pth"])
+    check("--init", "", says=["argument --init: no file ''"])
     torch.save(common.vit_tiny(img_size=16, patch_size=4, depth=4).state_dict(), tmp_path / "tiny.pth")
-    check("--init", tmp_path / "tiny.pth", says=["does not fit this architecture", r"\(1, 1, 192\), expected \(1, 1, 96\)", "--arch"])
+    check("--init", tmp_path / "tiny.pth", says=["does not fit this architecture: size mismatch for", "192", "96", "--arch"])
     short = common.vit_nano(img_size=16, patch_size=4).state_dict()
     del short["blocks.2.mlp.fc1.bias"]
     torch.save(short, tmp_path / "short.pth")
@@ -701,8 +712,10 @@ def test_analyze_draws_and_repeats(tmp_path, monkeypatch):
         assert float(row["negative / alignment"]) == pytest.approx(float(row["negative alignment"]) / float(row["alignment"]))
     cka = list(csv.DictReader(tables[0][1].splitlines()))
     assert len(cka) == 2 * 16 and all(float(r["cka"]) == pytest.approx(1) for r in cka if r["layer"] == r["other layer"])
-    with pytest.raises(common.InputError, match="no checkpoint file"):
-        sdssl.analyze(arguments(tmp_path, "--analyze", tmp_path / "none.pth"))
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--analyze", tmp_path / "none.pth")
+    with pytest.raises(common.InputError, match="alignment.png already exists: pass --overwrite"):
+        sdssl.analyze(arguments(tmp_path / "first", "--analyze", tmp_path / "a" / "checkpoint.pth"))
 
 
 def test_analyze_takes_bare_weights_and_few_images(tmp_path, monkeypatch, capsys):
@@ -722,7 +735,7 @@ def test_analyze_takes_bare_weights_and_few_images(tmp_path, monkeypatch, capsys
     sdssl.analyze(arguments(tmp_path / "out", "--analyze", tmp_path / "a" / "backbone.pth", *flags))
     assert "too few images of the first ten classes" in capsys.readouterr().out and (tmp_path / "out" / "tsne.png").exists()
     with pytest.raises(common.InputError, match="does not say which architecture"):
-        sdssl.analyze(arguments(tmp_path / "out", "--analyze", tmp_path / "a" / "backbone.pth", "--data", tmp_path / "data"))
+        sdssl.analyze(arguments(tmp_path / "other", "--analyze", tmp_path / "a" / "backbone.pth", "--data", tmp_path / "data"))
 
 
 def test_timm_vits_keep_the_flags_that_apply(tmp_path):
