@@ -86,6 +86,7 @@ def launch(main) -> None:
     can be mended, 1 for a file that cannot be read or written, 128 + number for a signal."""
     sys.stdout = Terminal(sys.stdout)
     sys.stderr = Terminal(sys.stderr)
+    # torchrun and shells send SIGTERM, Ctrl-C is SIGINT
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     code = 0
@@ -98,7 +99,7 @@ def launch(main) -> None:
         code = 128 + signals[-1]
         tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
     if code:
-        sys.exit(code)
+        sys.exit(code)  # without goodbye: other processes may be waiting for what does not come
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -110,10 +111,12 @@ def one_line(error: Exception) -> str:
 
 
 def rank() -> int:
+    """The number of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -137,6 +140,7 @@ def setup(args) -> torch.device:
         accelerator = torch.accelerator.is_available()
         args.device = torch.accelerator.current_accelerator().type if accelerator else "cpu"
     cuda = args.device == "cuda"
+    # torchrun says which of this machine's GPUs is ours
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if cuda else None)
     try:
         torch.zeros(1, device=device)
@@ -163,8 +167,8 @@ def setup(args) -> torch.device:
     if getattr(args, "compile", False) is None:
         args.compile = cuda
     if args.dtype != "fp32":
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    torch.manual_seed(args.seed)  # of the weights alone: all else comes from `draw`
     return device
 
 
@@ -196,6 +200,7 @@ def fp32(loss):
 
 def draw(seed: int, step: int, stream: int, rows: int, columns: int) -> Tensor:
     """(rows, columns) uniform numbers in [0, 1): a pure function of its arguments."""
+    # NumPy's, since its sequence is the same on every device and in every version
     generator = np.random.default_rng([seed, step, stream])
     return torch.from_numpy(generator.random((rows, columns), dtype=np.float32))
 
@@ -229,7 +234,8 @@ DATASETS = {  # name: (torchvision's class, arguments of its training split, of 
 class ImageData:
     """One split of n images: small ones in memory as uint8 (n, 3, H, W), others as paths.
 
-    labels (n,) are -1 where unknown; classes are their names.
+    labels (n,) are -1 where unknown; classes are their names. The images move to the device with
+    the first step; everything else stays on the CPU.
     """
 
     labels: Tensor
@@ -242,6 +248,7 @@ class ImageData:
 
     @property
     def labelled(self) -> bool:
+        """Whether any label is known."""
         return bool((self.labels >= 0).any())
 
     def subset(self, rows: Tensor) -> "ImageData":
@@ -271,10 +278,10 @@ def read_image(path) -> Tensor:
     """One file as uint8 (3, H, W), upright. Raises InputError with its name if it is damaged."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)  # phones store the rotation beside the pixels
             if image.mode == "F":
                 raise ValueError("pixels are floating-point numbers of unknown range")
-            if image.mode.startswith("I"):
+            if image.mode.startswith("I"):  # integers of more than 8 bits
                 image = Image.fromarray(from_16_bits(np.asarray(image)))
             return tv.pil_to_tensor(image.convert("RGB"))
     except Exception as error:
@@ -289,7 +296,7 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
         raise ValueError(f"pixels from {least} to {most} do not fit 0 to 65535")
     if most < 4096:
         log_once("16-bit images that use 12 bits or fewer are nearly black: scale them to 0..65535")
-    return (pixels / 257).round().astype(np.uint8)
+    return (pixels / 257).round().astype(np.uint8)  # 65535 / 257 = 255
 
 
 def find_images(folder) -> list[str]:
@@ -304,7 +311,7 @@ def find_images(folder) -> list[str]:
         return images
     for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(top) in seen:
-            folders.clear()
+            folders.clear()  # a link to a folder above would never end
             continue
         seen.add(os.path.realpath(top))
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -339,12 +346,14 @@ def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> Im
             raise InputError(f"class folder {entry} {reason}: add some, or delete it")
         paths += images
         labels += [classes.index(entry.name)] * len(images)
+    # without class folders, or where labels are not asked for: every image below
     if not folders:
         paths = find_images(folder)
         labels = [-1] * len(paths)
     if not paths:
         raise InputError(f"no images under {folder}: expected files such as .jpg or .png")
     data = ImageData(torch.tensor(labels), classes, paths=paths)
+    # small images of one size are decoded once and stay in memory
     shape, *others = {read_image(path).shape for path in paths[:8]}
     if not others and max(shape) <= 96 and len(data) * math.prod(shape) <= 2 * 2**30:
         with progress(paths, desc=f"reading {folder.name}", leave=False) as bar:
@@ -395,6 +404,7 @@ def load_digits() -> tuple[ImageData, ImageData]:
 
 
 def load_torchvision(data: str, root: str) -> tuple[ImageData, ImageData]:
+    """Both splits of a named data set, downloaded into `root` where they are not there."""
     name, *splits = DATASETS[data]
     loaded = []
     for arguments in splits:
@@ -469,10 +479,10 @@ def crop_boxes(u: Tensor, height, width, scale) -> Tensor:
     share = scale[0] + (scale[1] - scale[0]) * u[:, COLUMNS["area"]]  # (B, 10)
     area = share * (height * width)[:, None]
     aspect = torch.exp((2 * u[:, COLUMNS["aspect"]] - 1) * math.log(4 / 3))  # (B, 10)
-    w = (area * aspect).sqrt().round().clamp(min=1)
-    h = (area / aspect).sqrt().round().clamp(min=1)
+    w = (area * aspect).sqrt().round().clamp(min=1)  # (B, 10)
+    h = (area / aspect).sqrt().round().clamp(min=1)  # (B, 10)
     fits = (w <= width[:, None]) & (h <= height[:, None])  # (B, 10)
-    first = fits.int().argmax(1, keepdim=True)  # (B, 1)
+    first = fits.int().argmax(1, keepdim=True)  # (B, 1): argmax takes the first of equal ones
     fits = fits.any(1)  # (B,)
     w = torch.where(fits, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))
     h = torch.where(fits, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))
@@ -490,6 +500,7 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out: int) -> Tensor
     centre = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale  # (B, out, 1)
     pixel = torch.arange(size, device=start.device) + 0.5  # (size,)
     inside = (pixel > start) & (pixel < end)  # (B, 1, size)
+    # a triangle over one pixel of whichever is coarser, input or output
     weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0) * inside
     return weights / weights.sum(-1, keepdim=True)
 
@@ -557,6 +568,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
         squared = ((i[:, None] - j) / sigma[:, None, None]) ** 2  # (B, S, S)
         return torch.exp(-0.5 * squared.clamp(max=36)) * (squared < 36)
 
+    # a pixel, and its mirror images at the left and the right edge, which are not doubled
     kernel = weights(i) + weights(-i) * (i > 0) + weights(2 * last - i) * (i < last)
     kernel = (kernel / kernel.sum(-1, keepdim=True))[:, None]  # (B, 1, S, S)
     return kernel @ x @ kernel.mT
@@ -578,9 +590,11 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         return rows.to(x.device, non_blocking=True)
 
     if view.flip:
+        # left and right exchanged
         rows = chosen("flip", view.flip)
         x[rows] = x[rows].flip(-1)
     for place in order:
+        # where the jitter is not drawn, a strength of zero leaves the image as it is
         name, adjust = JITTERS[place]
         if view.p_jitter and view.jitter[place]:
             strength = view.jitter[place] * (2 * u[:, COLUMNS[name]] - 1)  # (B,)
@@ -596,12 +610,14 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
     if view.solarize:
         rows = chosen("solarize", view.solarize)
         images = x[rows]
+        # what is brighter than the middle is inverted
         x[rows] = images.lerp(1 - images, (images >= 128 / 255).float())
     return x
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, images: int) -> Tensor:
+    """The order of the images in one epoch; kept, since every step asks for it."""
     return torch.from_numpy(np.random.default_rng([seed, epoch, 1000]).permutation(images))
 
 
@@ -667,10 +683,12 @@ class ViewLoader:
         return crops
 
     def steps(self, start: int, stop: int):
+        """Yields (step, views, index) for start <= step < stop."""
         device = torch.device(self.device)
         mean = torch.tensor(self.mean, device=device)  # made once, since that waits for the device
         std = torch.tensor(self.std, device=device)
         if self.in_workers:
+            # a sample of this loader is a whole batch, and its index is the step
             batches = iter(DataLoader(
                 self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
                 pin_memory=device.type == "cuda", generator=torch.Generator(),
@@ -682,6 +700,7 @@ class ViewLoader:
             began = time.perf_counter()
             crops = next(batches)
             self.waited += time.perf_counter() - began
+            # the order of the jitters is the batch's, so that each is one operation
             order = np.random.default_rng([self.seed, step, 1001]).permutation(4).tolist()
             views = []
             for view, (x, u) in zip(self.views, crops, strict=True):
@@ -723,6 +742,8 @@ def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_w
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over T tokens."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -740,6 +761,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -770,10 +793,13 @@ class Block(nn.Module):
 
 
 def drop(branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
+    """A residual branch (B, T, D), scaled for each image by column `which` of keep (B, 2)."""
     return branch if keep is None else keep[:, which, None, None] * branch
 
 
 class PatchEmbed(nn.Module):
+    """One linear map of the pixels of each patch."""
+
     def __init__(self, patch_size: int, in_chans: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
@@ -820,6 +846,7 @@ class VisionTransformer(nn.Module):
                  mlp_ratio=4.0, in_chans=3, pos_embed="learnt", drop_path=0.0, post_norm=False,
                  mask_token=False):
         super().__init__()
+        # created in this order, which decides what the seed gives to whom
         if embed_dim % num_heads:
             raise InputError(f"--num_heads {num_heads} does not divide the width {embed_dim}")
         self.embed_dim = embed_dim
@@ -844,6 +871,7 @@ class VisionTransformer(nn.Module):
         self.drop_rates = np.linspace(0, drop_path, depth).tolist()
         layers = [item for item in self.named_modules() if isinstance(item[1], nn.Linear)]
         for name, layer in [*layers, ("patch_embed.proj", self.patch_embed.proj)]:
+            # q, k and v are one layer, but three matrices to Xavier
             matrices = 3 if name.endswith("qkv") else 1
             bound = math.sqrt(6 / (layer.weight[0].numel() + len(layer.weight) // matrices))
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -886,6 +914,7 @@ class VisionTransformer(nn.Module):
         for i, (block, rate) in enumerate(zip(self.blocks, self.drop_rates, strict=True)):
             keep = None
             if self.training and rate > 0:
+                # attention and MLP are dropped for each image by itself
                 keep = (noise[:, 2 * i : 2 * i + 2] >= rate).to(x.dtype) / (1 - rate)  # (B, 2)
             x = block(x, keep)
             outputs.append(x)
@@ -906,6 +935,7 @@ class VisionTransformer(nn.Module):
         return [self.norm(y) for y in self.block_outputs(x)[-n:]]
 
     def tokens(self, x: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """[CLS] (B, D) and patches (B, h, w, D) of the last n blocks, through the final norm."""
         grid = self.grid_of(*x.shape[-2:])
         return [(y[:, 0], y[:, 1:].unflatten(1, grid)) for y in self.get_intermediate_layers(x, n)]
 
@@ -1002,6 +1032,7 @@ class TimmBackbone(nn.Module):
         return getattr(self.model, "patch_embed", None)
 
     def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
+        """As timm resizes them: bicubically, antialiased."""
         from timm.layers import resample_abs_pos_embed
 
         grid = self.model.patch_embed.grid_size
@@ -1101,6 +1132,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Gather(torch.autograd.Function):
+    """all_gather with the gradient that dist.all_gather does not give."""
+
     @staticmethod
     def forward(ctx, x):
         ctx.B = len(x)
@@ -1134,6 +1167,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 def barrier() -> None:
+    """Waits until every process is here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -1157,12 +1191,13 @@ class BatchNorm(nn.BatchNorm2d):
         local = torch.stack(torch.var_mean(y, over, correction=0))  # (2, C)
         variances, means = gather(local[None]).unbind(1)  # (processes, C) each
         mean = means.mean(0)  # (C,)
+        # of all rows: the mean within the processes, and the variance between them
         variance = (variances + (means - mean) ** 2).mean(0)  # (C,)
         with torch.no_grad():
             n = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)  # unbiased, as torch's
         y = (y - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
@@ -1212,6 +1247,7 @@ def replacing(path: Path):
 
 
 def save_file(content, path: Path) -> None:
+    """torch.save, on the disk before the old file goes."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -1254,11 +1290,13 @@ def backbone_weights(content: dict, network: str | None = None) -> dict:
         network = meta.get("network")
     if network and network not in content and {"student", "teacher"} & content.keys():
         raise InputError(f"the checkpoint has no {network}: pass --network with what it has")
+    # the part of the file that holds the network
     weights = content
     for part in (network, "teacher", "student", "state_dict", "model"):
         if isinstance(content.get(part), dict):
             weights = content[part]
             break
+    # its keys, without what was put before them
     prefixes = PREFIXES[None] + PREFIXES[network or "student"]
     before = None
     while weights is not before:  # until none is left
@@ -1277,6 +1315,7 @@ def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = Fal
     ours = model.state_dict()
     if "mask_token" in ours and "masked_embed" in weights:  # iBOT's name for it
         weights = {**weights, "mask_token": weights["masked_embed"]}
+    # all that the backbone owns has to be there; of the rest, only what heads are called
     missing = [key for key in ours if key not in weights and key != "mask_token"]
     extra = [key for key in weights if key not in ours]
     unknown = [key for key in extra if not key.startswith(HEADS)]
@@ -1348,12 +1387,14 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
             if value and value != options.get(name):
                 raise InputError(f"{checkpoint} has --{name} {options.get(name)}, not --{name} "
                                  f"{value}")
+    # other people's files hold weights alone
     elif not arch:
         raise InputError(f"{checkpoint or 'the command'} does not say which architecture: pass "
                          f"--arch (and --patch_size)")
     else:
         options = dict(arch=arch, patch_size=patch_size or 16, img_size=img_size)
         if arch in VITS:
+            # the grid that the positions were trained on; other sizes are met in the forward pass
             grid = position_grid(weights)
             options["img_size"] = grid[0] * options["patch_size"] if grid else img_size or 224
             options["num_heads"] = num_heads or (12 if is_moco_small(weights, content) else None)
@@ -1388,6 +1429,7 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     with `layers`, one a layer. The processes share the work and all get the result; the modes of
     the backbone's modules are as before."""
     rows = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
+    # equal shares, as gather wants them: the first images once more where they do not divide
     share = math.ceil(len(rows) / world_size())
     padded = torch.arange(share * world_size()) % len(rows)
     mine = rows[padded[local_rows(len(padded))]]
@@ -1514,6 +1556,7 @@ class Run:
         new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
         path = self.folder / "checkpoint.pth"
         self.lock_folder()
+        # torchrun starts dead processes again with the same flags: then --overwrite is over
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if path.is_file():
             if args.resume or (restarted and not new_log.is_file()):
@@ -1526,6 +1569,7 @@ class Run:
         barrier()  # nobody writes before all have looked
         if rank() == 0:
             new_log.unlink(missing_ok=True)
+            # a run that was killed has logged steps that its checkpoint does not know
             records = [record for record in self.records() if record["step"] <= self.start]
             lines = [json.dumps(record) + "\n" for record in records if self.start > 0]
             self.log_file.write_text("".join(lines))
@@ -1546,11 +1590,13 @@ class Run:
                                  f"--output_dir") from None
 
     def resume(self, checkpoint: dict, path: Path) -> None:
+        """Puts every part and the step back; refuses other settings, other data, other parts."""
         settings = checkpoint.get("args")
         self.start = checkpoint.get("step")
         if not isinstance(settings, dict) or not isinstance(self.start, int):
             raise InputError(f"{path} holds no run to resume: use another --output_dir")
         data = self.loader.data.fingerprint()
+        # a resumed run must be the same run
         changed = [f"--{name} was {settings.get(name)}" for name, value in self.settings.items()
                    if name not in self.MAY_DIFFER and settings.get(name) != value]
         if checkpoint.get("data", data) != data:
@@ -1579,6 +1625,7 @@ class Run:
         return records
 
     def record(self, step: int, **values) -> None:
+        """Appends a line to the log."""
         if rank() == 0:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -1618,6 +1665,7 @@ class Run:
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
             number = self.first_bad.new_tensor(len(signals))
             stopping = logging and mean_over_processes(number).item() > 0
+        # checks and saving, whose time is not that of the steps
         paused = time.perf_counter()
         saving = last or self.ends_epoch(step, self.args.save_every)
         due = [name for name, (_, every) in self.checks.items()
@@ -1625,6 +1673,7 @@ class Run:
         if saving or stopping or due:
             self.refuse_bad_weights(step)
         try:
+            # a signal ends a check at once, but not the run: what is trained is still saved
             Run.in_step = stopping
             self.check(step, [] if stopping else due)
         except KeyboardInterrupt:
@@ -1643,6 +1692,7 @@ class Run:
         self.clock += time.perf_counter() - paused  # speed is that of the steps alone
 
     def ends_epoch(self, step: int, every: int) -> bool:
+        """Whether so many epochs, or a multiple of them, have just ended; 0: never."""
         return every > 0 and step % (every * self.steps_per_epoch) == 0
 
     def check(self, step: int, names: list[str]) -> None:
@@ -1662,6 +1712,7 @@ class Run:
         self.terms = list(losses)
 
     def refuse_bad_losses(self) -> None:
+        """Stops the run at the earliest term that any process has seen go wrong."""
         first_bad = self.first_bad.clone()
         if world_size() > 1:
             dist.all_reduce(first_bad, dist.ReduceOp.MIN)
@@ -1679,6 +1730,7 @@ class Run:
                     self.give_up(f"weights of the {name} are not finite after step {step}")
 
     def give_up(self, reason: str) -> None:
+        """Ends the run with exit code 1; nothing more is saved."""
         self.bar.close()
         path = self.folder / "checkpoint.pth"
         state = f"{path} is as it was" if path.is_file() else "nothing has been saved"
@@ -1688,6 +1740,7 @@ class Run:
     def log_step(self, step: int, values: dict, features: Tensor | None) -> None:
         """Writes one record: scalars averaged over the processes, speed, and signs of collapse."""
         self.refuse_bad_losses()
+        # one exchange between the processes, and one wait for the device
         tensors = {name: x.detach().float() for name, x in values.items() if isinstance(x, Tensor)}
         means = mean_over_processes(torch.stack(list(tensors.values()))).tolist()
         values = {**values, **dict(zip(tensors, means, strict=True))}
@@ -1727,6 +1780,7 @@ class Run:
             weights = backbone_weights({"model": weights})
             weights = {key: value for key, value in weights.items() if key != "mask_token"}
             save_file(weights, self.folder / "backbone.pth")
+        # the old run, if there was one, has now been replaced
         if self.log_file.name != "log.jsonl":
             self.log_file = self.log_file.replace(self.folder / "log.jsonl")
 
@@ -1779,6 +1833,7 @@ def at_least(least, at_most=math.inf):
 
 
 def existing_file(text: str) -> str:
+    """For argparse: the name of a file that is there; an empty one is not taken for none."""
     if not os.path.isfile(text):
         raise argparse.ArgumentTypeError(f"no file {text!r}")
     return text
@@ -1822,6 +1877,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_system_arguments(parser, output_dir: str | None) -> None:
+    """The flags of everything that trains, eval_linear.py included."""
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=at_least(0), default=0)
     add("--num_workers", type=at_least(0), default=CORES, help="processes that decode files")

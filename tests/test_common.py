@@ -1,10 +1,9 @@
 """common.py against independent oracles: timm, torchvision, torch itself, or a loop written from the definition."""
+import argparse
 import copy
-import importlib
 import io
 import math
 import os
-import random
 import re
 import signal
 import socket
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -1571,30 +1571,6 @@ ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every
            "--device", "cpu"]
 
 
-@pytest.mark.parametrize("script", METHODS)
-def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, tmp_path, capsys):
-    """P7, for what every script takes: numbers, flags that do not exist, a folder that cannot be made."""
-    method = importlib.import_module(script.removesuffix(".py"))
-    (tmp_path / "file").touch()
-
-    def check(*flags, says, code=2):
-        def main():
-            method.train(method.parse_arguments([*map(str, METHODS[script]), "--device", "cpu", "--knn_every", "0", *map(str, flags)]))
-
-        assert_one_line_error(finished(capsys, main), *says, code=code)
-
-    for name, value in dict(img_size=0, patch_size=0, epochs=0, batch_size=1, max_steps=0, log_every=0, seed=-1, lr=-1, warmup_epochs=-1,
-                            weight_decay=-1, num_workers=-1, save_every=-1, knn_every=-1).items():
-        check(f"--{name}", value, "--output_dir", tmp_path / "run", says=[f"argument --{name}: {value} is not a number of at least"])
-    for name in ("lr", "warmup_epochs", "weight_decay"):
-        check(f"--{name}", "nan", says=[f"argument --{name}: nan is not a number of at least 0"])
-    check("--init", "", says=["argument --init: no file ''"])
-    check("--nonsense", says=["unrecognized arguments: --nonsense; see --help"])
-    check("--lr", "fast", says=["argument --lr: invalid float value: 'fast'"])
-    check("--output_dir", tmp_path / "file", says=["File exists|Not a directory", "file"], code=1)
-    assert not (tmp_path / "run").exists()
-
-
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     """P6: a step can spoil the weights while the losses are finite, at the last step too; exit code 1, nothing written."""
     import sdssl
@@ -1636,19 +1612,6 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_one_line(tmp_path, capsys):
         assert_one_line_error(train("--max_steps", 4, "--resume"), pattern, "another --output_dir")
 
 
-def test_a_signal_to_all_processes_saves_too(image_folder, tmp_path):
-    """P6: torchrun and shells send SIGTERM to the whole group, loaders' workers included; the run still saves and says so."""
-    flags = [*METHODS["sdssl.py"], *ENDLESS, "--data", image_folder, "--arch", "vit_nano", "--img_size", 32, "--patch_size", 8,
-             "--batch_size", 8, "--save_every", 0, "--num_workers", 2, "--output_dir", tmp_path]
-    process = subprocess.Popen([sys.executable, "sdssl.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    wait_until(lambda: process.poll() is not None or (tmp_path / "log.jsonl").exists() and len(losses_of(tmp_path)) > 3)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "continue with --resume" in output, errors
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == losses_of(tmp_path)[-1]["step"]
-
-
 def test_a_rank_without_torchrun_is_one_line(tmp_path, monkeypatch, capsys):
     import sdssl
 
@@ -1667,30 +1630,6 @@ def wait_until(condition, seconds=180):
     while not condition():
         assert time.time() < deadline
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("script, kills", [(script, 1) for script in METHODS if script != "sdssl.py"] + [
-    pytest.param(script, 20, marks=pytest.mark.slow) for script in METHODS])
-def test_kills_at_random_moments(script, kills, tmp_path):
-    """P6: whenever kill -9 comes, the checkpoint is whole or not there, none is older than the last, and --resume goes on from it."""
-    generator, step = random.Random(script), 0
-    flags = [*METHODS[script], *ENDLESS, "--output_dir", tmp_path, "--resume"]
-    flags += ["--loss", "none"] if script == "rrkd.py" else []
-    for _ in range(kills):
-        begun = (tmp_path / "checkpoint.pth").exists()
-        process = subprocess.Popen([sys.executable, script, *map(str, flags)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if not begun:
-            wait_until(lambda: (tmp_path / "checkpoint.pth").exists() or process.poll() is not None)
-        time.sleep(generator.uniform(0, 8 if begun else 1))
-        process.kill()
-        process.wait()
-        now = common.read_checkpoint(tmp_path / "checkpoint.pth")["step"]
-        assert now >= step and now % 22 == 0
-        step = now
-    result = run_script(script, *flags, "--max_steps", step + 2)
-    assert result.returncode == 0, result.stderr
-    assert [record["step"] for record in losses_of(tmp_path)] == list(range(1, step + 3))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through Linux's /proc")
@@ -1842,3 +1781,28 @@ def test_a_signal_outside_of_a_step_is_one_line(tmp_path):
                       "common.launch(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))\n")
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 128 + signal.SIGTERM and result.stderr.strip() == "stopped by SIGTERM"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_soon(monkeypatch):
+    """No retries: without an answer only the cache is looked at."""
+    import huggingface_hub
+
+    def no_answer(request, timeout):
+        assert timeout <= 5
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_answer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="cannot make timm/vit_tiny_patch16_224") as caught:
+        common.create_backbone("timm/vit_tiny_patch16_224", pretrained=True)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and "\n" not in str(caught.value)
+
+
+def test_the_recipe_can_be_named(capsys):
+    args = argparse.Namespace(recipe="cifar10", data="digits", img_size=None, lr=None, device="cpu", dtype="fp32")
+    recipes = {"digits": {"lr": 1.0}, "cifar10": {"lr": 2.0}}
+    common.apply_recipe(args, recipes, common.load_data("digits")[0])
+    assert args.lr == 2.0 and "recipe cifar10" in capsys.readouterr().out
+    args.recipe = "cifar11"
+    with pytest.raises(InputError, match="unknown --recipe cifar11: use one of digits cifar10"):
+        common.apply_recipe(args, recipes, common.load_data("digits")[0])

@@ -449,7 +449,7 @@ def test_randaugment_is_timms_on_each_crop(monkeypatch):
     data, _ = few(monkeypatch)
     view = View(8, scale=(1.0, 1.0), flip=0.0)  # often the whole image, pixel by pixel
     plain = ViewLoader(data, [view], 20, 3, "cpu")
-    augmented = eval_linear.RandAugmentLoader(data, [view], 20, 3, "cpu", 0, CONFIG)
+    augmented = eval_linear.RandAugmentLoader(data, [view], 20, 3, "cpu", 0, config=CONFIG)
     hyper = dict(translate_const=3, img_mean=(124, 116, 104), magnitude_max=9.99)
     changed = 0
     for (step, (x,), index), (_, (y,), other) in zip(plain.steps(4, 7), augmented.steps(4, 7), strict=True):
@@ -470,7 +470,7 @@ def test_randaugment_of_files(tmp_path):
     write_folder(tmp_path, (120, 120))
     data, _ = load_data(str(tmp_path))
     assert data.images is None
-    loaders = [eval_linear.RandAugmentLoader(data, [View(32)], 8, 0, "cpu", workers, CONFIG) for workers in (0, 2)]
+    loaders = [eval_linear.RandAugmentLoader(data, [View(32)], 8, 0, "cpu", workers, config=CONFIG) for workers in (0, 2)]
     plain = [x for _, (x,), _ in ViewLoader(data, [View(32)], 8, 0, "cpu").steps(0, 3)]
     first, second = ([x for _, (x,), _ in loader.steps(0, 3)] for loader in loaders)
     assert all(map(torch.equal, first, second)) and not any(map(torch.equal, first, plain))
@@ -527,7 +527,7 @@ def in_one_group(number, runs, folder):
     for name, arguments in runs.items():
         call_main(["--output_dir", f"{folder}/{name}", "--num_workers", 0, *arguments])
     data, _ = load_data("digits")
-    loader = eval_linear.RandAugmentLoader(data, [View(16)], 12, 0, "cpu", 0, CONFIG)
+    loader = eval_linear.RandAugmentLoader(data, [View(16)], 12, 0, "cpu", 0, config=CONFIG)
     (_, (x,), index), = loader.steps(5, 6)
     x = eval_linear.erase(x, RandomErasing(0.5, mode="pixel", device="cpu"), 0, 5)
     return mix(x, data.labels[index], eval_linear.Mixup(0.8, 1.0, prob=1.0, num_classes=10), 0, 5)
@@ -828,3 +828,30 @@ def test_several_data_sets_are_one_table(evaluate, tmp_path):
     assert list(map(float, lines[4].split())) == pytest.approx([4, first, second, (first + second) / 2], abs=0.01)
     same = evaluate("same", *flags, "--data", tmp_path / "one", tmp_path / "x" / "one")
     assert_one_line_error(same, "two data sets of one name")
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "test_convnext"])
+def test_layer_decay_knows_the_tokens_and_the_stem_of_timms_models(name):
+    """What the model itself lists has no weight decay; its own stem is layer 0; its blocks are layers in their order."""
+    size = 56 if "eva" in name else 32
+    model = Classifier(common.TimmBackbone(name, size, False), "cls", 10, False)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    scale, decay = {}, {}
+    for group in layer_decay_groups(model, 0.05, 0.5):
+        for parameter in group["params"]:
+            scale[names[id(parameter)]] = group["lr_scale"]
+            decay[names[id(parameter)]] = group["weight_decay"]
+    theirs = model.backbone.model
+    listed = theirs.no_weight_decay() if hasattr(theirs, "no_weight_decay") else set()
+    present = [f"backbone.model.{key}" for key in listed if f"backbone.model.{key}" in decay]
+    assert all(decay[key] == 0 for key in present) and (present or name == "test_convnext")
+    stem = [key for key in scale if re.match(theirs.group_matcher()["stem"].replace("^", ""), key.removeprefix("backbone.model."))]
+    assert stem and {scale[key] for key in stem} == {min(scale.values())}
+    assert scale["head.weight"] == scale["norm.weight"] == 1.0
+    blocks = {}
+    for key, value in scale.items():
+        if place := re.match(r"backbone\.model\.(?:stages\.(\d+)\.)?blocks\.(\d+)", key):
+            blocks.setdefault(tuple(int(x or 0) for x in place.groups()), set()).add(value)
+    assert all(len(values) == 1 for values in blocks.values())
+    ordered = [min(blocks[key]) for key in sorted(blocks)]
+    assert ordered == sorted(ordered) and ordered[0] < ordered[-1] < 1.0

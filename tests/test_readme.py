@@ -1,10 +1,11 @@
-"""Every command that the README shows runs, at tiny size, in its order: later ones read what earlier ones wrote."""
-import functools
+"""README.md and .github/RESULTS.md: every command runs, at tiny size, in its order (later ones read
+what earlier ones wrote); line counts, links and the sizes of both hold."""
+import importlib
 import re
 import shlex
 import shutil
 import struct
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -14,9 +15,20 @@ from test_eval_knn import make_copydays, make_davis, make_oxford
 import common
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS
-            for line in block.splitlines() if re.match(r"(python|torchrun) ", line) and "venv" not in line]
+RESULTS = (ROOT / ".github" / "RESULTS.md").read_text()
+
+
+def commands_of(text):
+    """The lines of its blocks that start a script."""
+    commands = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            if re.match(r"(python|torchrun) (?!-m venv|tests/)", line):
+                commands.append(line.split("  #")[0].strip())
+    return commands
+
+
+COMMANDS = list(dict.fromkeys(commands_of(README) + commands_of(RESULTS)))
 METHODS = ["sdssl.py", "simdis.py", "rrkd.py", "ibot_rkd.py", "d2v_kd.py"]
 STEP = ["--max_steps", "1", "--num_workers", "0", "--overwrite"]
 SMALL = {"sdssl.py": [*STEP, "--hidden", "32", "--isd_hidden", "16"], "simdis.py": [*STEP, "--hidden", "32"],
@@ -68,21 +80,33 @@ def test_the_readme_shows_commands():
     assert len(COMMANDS) >= 8 and any(command.startswith("torchrun") for command in COMMANDS)
 
 
-def test_links_and_names_are_there():
-    """Linked files exist; each function in a table beside an equation is in the file that the table's head or the cell names."""
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert links and all((ROOT / link).is_file() for link in links), links
-    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
-    assert len(set(headings) - {"Results"}) == len([h for h in headings if h != "Results"]), headings
-    tables = re.findall(r"^\|[^\n]*\| equation \|[^\n]*\n(?:\|[^\n]*\n)+", README, re.MULTILINE)
-    assert len(tables) == 5  # one for each method
-    for table in tables:
-        module = __import__(Path(re.search(r"\]\((\w+\.py)\)", table)[1]).stem)
-        for row in table.splitlines()[2:]:
-            cell = row.strip("| ").split(" | ")[-1]
-            source = __import__(re.search(r"\]\((\w+)\.py\)", cell)[1]) if "](" in cell else module
-            for name in re.findall(r"`([A-Za-z_.0-9]+)`", re.sub(r"\[.*?\]\(.*?\)", "", cell)):
-                assert functools.reduce(getattr, name.split("."), source), (name, source)
+@pytest.mark.parametrize("path", ["README.md", ".github/RESULTS.md"])
+def test_links_are_there(path):
+    text = (ROOT / path).read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)
+    folder = (ROOT / path).parent
+    assert links and [link for link in links if not (folder / link).is_file()] == []
+    blocks = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", blocks, re.MULTILINE)
+    assert len(headings) == len(set(headings))
+
+
+def test_the_readme_is_short_and_counts_right():
+    assert len(README.splitlines()) <= 300 and len(README.encode()) <= 17_000
+    counts = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", README, re.MULTILINE)
+    assert len(counts) == 8
+    for name, lines in counts:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines.replace(",", "")), name
+
+
+def test_what_the_first_command_prints_is_what_it_prints(places):
+    """The lines of the README, numbers aside."""
+    shown = re.search(r"that it prints:\n\n```\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    result = run_script("sdssl.py", "--max_steps", "2", "--output_dir", "runs/first", cwd=places)
+    printed = re.sub(r"[\d.e+-]+", "0", result.stdout).splitlines()
+    assert len(shown) == 6
+    for line in shown:
+        assert re.sub(r"[\d.e+-]+", "0", line) in printed, line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -105,3 +129,39 @@ def test_command_runs(command, places):
         flags = [str(places / "runs" / "sdssl" / "checkpoint.pth") if flag == "FILE" else flag for flag in flags] + ["--img_size", "64"]
     result = run_script(script, *flags, *SMALL[script], cwd=places, processes=processes)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", ["sdssl", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("simdis", "rrkd", "ibot_rkd", "d2v_kd"))])
+def test_results_are_one_command_that_can_be_repeated(name, tmp_path, monkeypatch, capsys):
+    """tests/results.py trains and evaluates every row, prints the tables, and does nothing twice."""
+    import results
+
+    commands = []
+
+    def run(command, log, threads):
+        commands.append(command)
+        script, *flags = command
+        monkeypatch.setattr(sys, "argv", command)
+        module = importlib.import_module(script.removesuffix(".py"))
+        if script in METHODS:
+            monkeypatch.setattr(module, "knn_accuracy", lambda *arguments, **options: None)
+            module.train(module.parse_arguments(flags))
+        else:
+            module.main()
+
+    monkeypatch.setattr(results, "run", run)
+    table = results.TABLES[name]
+    monkeypatch.setattr(table, "measures", table.measures[:1])
+    arguments = ["results.py", name, "--data", "digits", "--seeds", "0", "1", "--max_steps", "2",
+                 "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    results.main()
+    printed = capsys.readouterr().out
+    assert len([command for command in commands if command[0] == table.script]) == 2 * len(table.rows)
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 * len(table.rows) + 3 and "±" in lines[2]
+    done = len(commands)
+    monkeypatch.setattr(sys, "argv", arguments)
+    results.main()
+    assert len(commands) == done and lines[0] in capsys.readouterr().out
