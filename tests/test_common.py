@@ -1571,7 +1571,14 @@ ENDLESS = ["--batch_size", 64, "--epochs", 2000, "--save_every", 1, "--knn_every
            "--device", "cpu"]
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+@pytest.fixture
+def bare_runs(monkeypatch):
+    """Runs in this process draw no curves and check no k-NN, which take longer than their steps."""
+    monkeypatch.setattr(common.Run, "draw_curves", lambda self: None)
+    monkeypatch.setattr("sdssl.knn_accuracy", lambda *arguments, **options: None)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, bare_runs):
     """P6: a step can spoil the weights while the losses are finite, at the last step too; exit code 1, nothing written."""
     import sdssl
 
@@ -1592,7 +1599,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
 
 
-def test_a_checkpoint_that_does_not_fit_its_run_is_one_line(tmp_path, capsys):
+def test_a_checkpoint_that_does_not_fit_its_run_is_one_line(tmp_path, capsys, bare_runs):
     """P7: networks or keys that are missing, no step; and another --dtype goes on, with a gradient scaler or without."""
     import sdssl
 
@@ -1739,7 +1746,7 @@ def test_files_are_not_passed_over_without_a_word(tmp_path, capsys):
         common.load_data(str(tmp_path))
 
 
-def test_other_images_are_not_resumed_with(tmp_path, capsys):
+def test_other_images_are_not_resumed_with(tmp_path, capsys, bare_runs):
     """One image that is gone changes every permutation: --resume says so; a folder that was only moved goes on."""
     import sdssl
 

@@ -186,7 +186,7 @@ def assert_same_run(one, two):
 # ----------------------------------------------------------------------- P1: several processes
 
 
-@each_script
+@first_script
 def test_torchrun_gives_the_same_trace(script, teachers, tmp_path, monkeypatch):
     """P1: the losses and k-NN that two processes log are those of one."""
     monkeypatch.setattr(script.module, "knn_accuracy", common.knn_accuracy)

@@ -300,12 +300,6 @@ def test_world_size_does_not_matter(framework, sd, arch, in_processes):
             torch.testing.assert_close(one["statistics"][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_vit_small_on_two_processes(tmp_path):
-    result = run_script("sdssl.py", "--arch", "vit_small", "--max_steps", 3, "--img_size", 8, "--output_dir", tmp_path, processes=2)
-    assert result.returncode == 0, result.stderr
-    assert [r["step"] for r in read_log(tmp_path) if "loss" in r] == [1, 2, 3]
-
-
 # ------------------------------------------------------------------------------------------- P5, P6: runs in the wild
 
 
