@@ -148,7 +148,7 @@ def setup(args) -> torch.device:
         raise InputError(f"--device {args.device} is not available: use --device auto or cpu, or "
                          f"lower --nproc_per_node") from None
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # where NCCL looks for it
     if "RANK" in os.environ and not dist.is_initialized():
         try:
             store, number, processes = next(dist.rendezvous("env://"))
@@ -477,15 +477,17 @@ def crop_boxes(u: Tensor, height, width, scale) -> Tensor:
     height = torch.as_tensor(height).expand(len(u))  # (B,)
     width = torch.as_tensor(width).expand(len(u))  # (B,)
     share = scale[0] + (scale[1] - scale[0]) * u[:, COLUMNS["area"]]  # (B, 10)
-    area = share * (height * width)[:, None]
+    area = share * (height * width)[:, None]  # (B, 10)
     aspect = torch.exp((2 * u[:, COLUMNS["aspect"]] - 1) * math.log(4 / 3))  # (B, 10)
     w = (area * aspect).sqrt().round().clamp(min=1)  # (B, 10)
     h = (area / aspect).sqrt().round().clamp(min=1)  # (B, 10)
     fits = (w <= width[:, None]) & (h <= height[:, None])  # (B, 10)
     first = fits.int().argmax(1, keepdim=True)  # (B, 1): argmax takes the first of equal ones
     fits = fits.any(1)  # (B,)
-    w = torch.where(fits, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))
-    h = torch.where(fits, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))
+    # of those that fit the first; else the middle, as wide or as high as an aspect of 4:3 allows
+    w = torch.where(fits, w.gather(1, first)[:, 0], width.minimum((height * 4 / 3).round()))  # (B,)
+    h = torch.where(fits, h.gather(1, first)[:, 0], height.minimum((width * 4 / 3).round()))  # (B,)
+    # anywhere in the image, in whole pixels
     top = torch.where(fits, u[:, COLUMNS["top"]] * (height - h + 1), (height - h) / 2).floor()
     left = torch.where(fits, u[:, COLUMNS["left"]] * (width - w + 1), (width - w) / 2).floor()
     return torch.stack([top, left, h, w], 1)  # (B, 4)
@@ -495,7 +497,7 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out: int) -> Tensor
     """(B, out, size): the weights of `size` pixels in each output pixel, where an image is cut to
     start ... start + length (B,): PIL's antialiased bilinear filter."""
     start = start[:, None, None]  # (B, 1, 1)
-    end = start + length[:, None, None]
+    end = start + length[:, None, None]  # (B, 1, 1)
     scale = (end - start) / out
     centre = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale  # (B, out, 1)
     pixel = torch.arange(size, device=start.device) + 0.5  # (size,)
@@ -510,7 +512,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, out: int) -> Tensor:
     B, _, H, W = images.shape
     if H == W == out and (boxes[:, 2:] == out).all():
         return images.clone()  # `augment` works in place
-    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
+    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)  # (B,) each
     x = images.view(B, 3 * H, W) @ resize_weights(left, width, W, out).mT  # (B, 3*H, out)
     rows = resize_weights(top, height, H, out)  # (B, out, H)
     return rows[:, None] @ x.view(B, 3, H, out)  # (B, 3, out, out)
@@ -548,11 +550,11 @@ def adjust_hue(x: Tensor, strength: Tensor) -> Tensor:
     # exactly and faster than where
     hue = torch.lerp(r - g + 4 * chroma, b - r + 2 * chroma, (value == g).float())
     hue = torch.lerp(hue, g - b, (value == r).float()) / chroma.clamp(min=1e-8)
-    hue = (hue + 6 * strength[:, 0]).remainder_(6)
+    hue = (hue + 6 * strength[:, 0]).remainder_(6)  # (B, S, S)
     # a channel is at value within a sixth of its own hue, at value - chroma beyond two
     nearness = [(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()]
     nearness = torch.stack(nearness, 1).clamp_(0, 1)  # (B, 3, S, S)
-    return nearness.mul_(chroma[:, None]).add_((value - chroma)[:, None])
+    return nearness.mul_(chroma[:, None]).add_((value - chroma)[:, None])  # (B, 3, S, S)
 
 
 JITTERS = (("brightness", adjust_brightness), ("contrast", adjust_contrast),
@@ -586,7 +588,7 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         return torch.cat([augment(images, view, numbers, order) for images, numbers in parts])
 
     def chosen(name: str, probability: float) -> Tensor:
-        rows = (u[:, COLUMNS[name]] < probability).nonzero()[:, 0]
+        rows = (u[:, COLUMNS[name]] < probability).nonzero()[:, 0]  # (n,)
         return rows.to(x.device, non_blocking=True)
 
     if view.flip:
@@ -650,10 +652,12 @@ class ViewLoader:
         if self.batch_size % world_size():
             raise InputError(f"--batch_size {self.batch_size} does not divide by {world_size()} "
                              f"processes")
+        # an incomplete batch is left out, so there has to be a complete one
         if len(self.data) < self.batch_size:
             raise InputError(f"{len(self.data)} images are fewer than --batch_size "
                              f"{self.batch_size}: lower it or add images")
-        self.rows = local_rows(self.batch_size)  # a worker has no process group to ask
+        # known before the workers start, which have no process group to ask
+        self.rows = local_rows(self.batch_size)
         self.steps_per_epoch = len(self.data) // self.batch_size
         self.in_workers = self.data.images is None
         self.waited = 0.0
@@ -753,7 +757,7 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q, k, v of shape (B, heads, T, D / heads)."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D / heads) each
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.scaled_dot_product_attention(*self.split(x))  # (B, heads, T, D / heads)
@@ -794,7 +798,7 @@ class Block(nn.Module):
 
 def drop(branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
     """A residual branch (B, T, D), scaled for each image by column `which` of keep (B, 2)."""
-    return branch if keep is None else keep[:, which, None, None] * branch
+    return branch if keep is None else keep[:, which, None, None] * branch  # (B, 1, 1) * (B, T, D)
 
 
 class PatchEmbed(nn.Module):
@@ -853,7 +857,8 @@ class VisionTransformer(nn.Module):
         self.layer_dims = [embed_dim] * depth
         self.patch_size = patch_size
         self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else [img_size] * 2))
-        self.positions_as_dino = False  # how other grids get theirs
+        # how other grids get their positions: exactly, or as the code that public weights are from
+        self.positions_as_dino = False
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         if mask_token:
@@ -896,7 +901,7 @@ class VisionTransformer(nn.Module):
         grid = self.grid_of(*x.shape[-2:])
         x = self.patch_embed(x)  # (B, N, D)
         if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)  # (B, N, D)
         positions = self.pos_embed
         if grid != self.grid:
             positions = resize_positions(positions, self.grid, grid, self.positions_as_dino)
@@ -1008,6 +1013,7 @@ class TimmBackbone(nn.Module):
             raise InputError(f"timm has no model {name!r}: timm.list_models() names all")
         if pretrained:
             look_for_hub()
+        # built for this image size, and for any other where the model can
         try:
             options = {"img_size": img_size, "dynamic_img_size": True}
             with torch.device("meta"):  # to see which of these its class, or a parent, takes
@@ -1029,6 +1035,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def patch_embed(self):
+        """The model's own, not a second name for it: state dicts would hold it twice."""
         return getattr(self.model, "patch_embed", None)
 
     def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
@@ -1041,6 +1048,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def patch_size(self) -> int:
+        """Pixels of an image that become one row of patches."""
         return self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else 1
 
     def forward(self, x: Tensor, layers: bool = False):
@@ -1402,6 +1410,7 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
             options["img_size"] = img_size or 224
     backbone = create_backbone(**options, pretrained=not checkpoint)
     if checkpoint:
+        # published numbers of other people's ViTs were measured with DINO's way of resizing
         backbone.positions_as_dino = not meta
         load_weights(backbone, weights, checkpoint)
     meta["backbone"] = options
@@ -1480,7 +1489,7 @@ def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, 
         return None
     features, labels = [], []
     for data in (train, test):
-        rows = (data.labels >= 0).nonzero()[:, 0]
+        rows = (data.labels >= 0).nonzero()[:, 0]  # (n,)
         rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()]
         features += extract_features(backbone, data, size, device, rows=rows, **options)
         labels.append(data.labels[rows])
@@ -1640,6 +1649,7 @@ class Run:
         self.clock_step = self.start
         self.clock_waited = 0.0
         signals.clear()
+        # from here on a signal waits for the end of its step
         with progress(total=self.stop, initial=self.start, unit="step") as self.bar:
             try:
                 Run.in_step = True
@@ -1661,6 +1671,7 @@ class Run:
         logging = last or step <= 10 or step % self.args.log_every == 0
         if logging:
             self.log_step(step, {**losses, **values}, features)
+        # SIGINT or SIGTERM: save and exit
         stopping = len(signals) > 0
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
             number = self.first_bad.new_tensor(len(signals))
@@ -1706,7 +1717,7 @@ class Run:
 
     def watch(self, step: int, losses: dict[str, Tensor]) -> None:
         """Notes on the device, without waiting for it, when each term first was not finite."""
-        values = torch.stack([loss.detach() for loss in losses.values()])
+        values = torch.stack([loss.detach() for loss in losses.values()])  # (terms,)
         bad = torch.where(values.isfinite(), torch.inf, float(step + 1))
         self.first_bad = bad if self.first_bad is None else self.first_bad.minimum(bad)
         self.terms = list(losses)
@@ -1742,7 +1753,7 @@ class Run:
         self.refuse_bad_losses()
         # one exchange between the processes, and one wait for the device
         tensors = {name: x.detach().float() for name, x in values.items() if isinstance(x, Tensor)}
-        means = mean_over_processes(torch.stack(list(tensors.values()))).tolist()
+        means = mean_over_processes(torch.stack(list(tensors.values()))).tolist()  # of each value
         values = {**values, **dict(zip(tensors, means, strict=True))}
         if features is not None:
             features = gather(features.detach())  # (M, D)
@@ -1771,6 +1782,7 @@ class Run:
         """The checkpoint: state of all parts, step, settings, meta and fingerprint of the data."""
         if rank() > 0:
             return
+        # plain containers and tensors, so that it loads with weights_only=True
         content = {name: part.state_dict() for name, part in self.parts.items()}
         weights = content.get(self.meta.get("network"))
         content |= {"step": step, "args": self.settings, "meta": self.meta,
@@ -1791,6 +1803,7 @@ class Run:
             for name, value in record.items():
                 if name not in ("step", "epoch", "collapse") and value is not None:
                     curves.setdefault(name, []).append((record["step"], value))
+        # four panels a row
         figure, axes = subplots(max(1, math.ceil(len(curves) / 4)), 4, 3.2, 2.2)
         for axis in axes.flat[len(curves) :]:
             axis.axis("off")
@@ -1822,6 +1835,7 @@ def at_least(least, at_most=math.inf):
     """For argparse: finite numbers in these limits, whole ones where `least` is an int."""
 
     def number(text: str):
+        """Named as the type below, for argparse's own message."""
         value = type(least)(text)
         if not least <= value <= at_most or math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}"

@@ -228,17 +228,22 @@ def make_optimizer(args, network: nn.Module, device):
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
 
 
-def train(args) -> None:
-    # data: where there are no test images, every tenth image is left for the validation loss
-    device = setup(args)
+def load_splits(args) -> tuple[ImageData, ImageData]:
+    """Training and test images; where there are none to test with, every tenth training image."""
     train_data, test_data = load_data(args.data, args.data_path)
-    if test_data is None:
-        if len(train_data) < 2:
-            raise InputError(f"one image under {args.data} is too few: a tenth is left for the "
-                             f"validation loss")
-        rows = torch.arange(len(train_data))
-        test_data = train_data.subset(rows[::10])
-        train_data = train_data.subset(rows[rows % 10 > 0])
+    if test_data is not None:
+        return train_data, test_data
+    if len(train_data) < 2:
+        raise InputError(f"one image under {args.data} is too few: a tenth is left for the "
+                         f"validation loss")
+    rows = torch.arange(len(train_data))
+    return train_data.subset(rows[rows % 10 > 0]), train_data.subset(rows[::10])
+
+
+def train(args) -> None:
+    # data
+    device = setup(args)
+    train_data, test_data = load_splits(args)
 
     # networks; what the teacher says of itself decides the student's sizes where no flag does
     if args.teacher:

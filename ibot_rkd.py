@@ -42,7 +42,7 @@ are compared, tau temperature, m momentum.
 
 Measured: the first command (30 epochs, seed 0, 2.1 minutes on two CPU cores) takes k-NN from 67.2 %
 to 75.0 %; the second, RKD-A, to 76.7 %; iBOT alone, with as many views, to 78.1 %. Table 1's
-protocol at CIFAR scale: README.
+protocol at CIFAR scale: .github/RESULTS.md.
 
     what                 paper                   released code            here
     what is compared     cross-entropy or Huber  raw distances, least     ce of softmaxes, one tau,

@@ -259,7 +259,9 @@ class Student(nn.Module):
             return self.projector(*[self.backbone(x)[None] for x in views])  # V of (1, B, K)
         layers = [self.backbone(x, layers=True) for x in views]  # V of L of (B, D_l): [CLS] tokens
         final = self.projector(*[view[-1][None] for view in layers])  # V of (1, B, K)
-        lower = [stack_layers([view[l] for l in self.lower]) for view in layers]  # V of (L-1, B, D)
+        lower = []
+        for view in layers:
+            lower.append(stack_layers([view[l] for l in self.lower]))  # V of (L-1, B, D)
         if self.isd_projector is not None:
             lower = self.isd_projector(*lower)  # V of (L-1, B, K)
         return [stack_layers([*below, *last]) for below, last in zip(lower, final, strict=True)]

@@ -310,18 +310,6 @@ def photographs(folder: Path, count: int = 128) -> list[Path]:
     return paths
 
 
-def overlay(folders: list[Path], path: Path) -> None:
-    """k-NN of finished runs over each other, from their logs."""
-    figure, ((axis,),) = common.subplots(1, 1, 6, 3.6)
-    for folder in folders:
-        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        points = [(record["step"], record["knn"]) for record in records if "knn" in record]
-        axis.plot([100 * step / points[-1][0] for step, _ in points], [knn for _, knn in points], marker=".", label=folder.name)
-    axis.set(xlabel="share of the run in %", ylabel="k-NN top-1 in %")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
-
-
 def loading(photos: Path | None, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as made:
         if not photos:
@@ -337,11 +325,8 @@ if __name__ == "__main__":
     parser.add_argument("--photos", type=Path, help="a folder of photographs for `loading` (default: makes some)")
     parser.add_argument("--batch_size", type=int, help="of `training` (default: 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command (default: %(default)s)")
-    parser.add_argument("--curves", type=Path, nargs="+", metavar="DIR", help="draw k-NN of these runs into curves.png instead")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     arguments = parser.parse_args()
-    if arguments.curves:
-        sys.exit(overlay(arguments.curves, Path("curves.png")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     figures = dict(torch=torch.__version__, device=name)

@@ -20,9 +20,6 @@ from statistics import mean, stdev
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import subplots
-
 
 # measures: (title, evaluation, the field of its results.json)
 KNN = ("k-NN", "eval_knn.py --k 20", "top-1")
@@ -195,22 +192,6 @@ def print_table(args, table: Table) -> None:
             print(f"| {label} | {' | '.join(cells)} |")
 
 
-def draw_layers(args, table: Table) -> None:
-    """The first measure over the layers, mean and standard deviation of every row, as a figure."""
-    title, _, _ = table.measures[0]
-    figure, ((axis,),) = subplots(1, 1, 5, 3)
-    for label in table.rows:
-        runs = [values_of(table, folder_of(args, label, seed)) for seed in args.seeds]
-        columns = [column for column in runs[0] if column.startswith(title)]
-        means = [mean(run[c] for run in runs) for c in columns]
-        deviations = [stdev(run[c] for run in runs) if len(runs) > 1 else 0.0 for c in columns]
-        layers = range(1, len(columns) + 1)
-        axis.errorbar(layers, means, deviations, marker="o", capsize=3, label=label)
-    axis.set(xlabel="layer", ylabel="k-NN top-1 in %", xticks=layers)
-    axis.legend()
-    figure.savefig(Path(args.output_dir) / f"{args.table}_layers.png", dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("table", choices=TABLES)
@@ -232,8 +213,6 @@ def main() -> None:
             for finished in runs:
                 finished.result()
     print_table(args, table)
-    if "layer" in table.measures[0][0]:
-        draw_layers(args, table)
 
 
 if __name__ == "__main__":
