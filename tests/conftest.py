@@ -39,8 +39,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.name == "test_readme.py":  # one worker, in order: later ones read earlier files
-            item.add_marker(pytest.mark.xdist_group("readme"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
