@@ -891,10 +891,10 @@ class VisionTransformer(nn.Module):
 
     def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
         """Positions (1, T, D) of a file, for the grid of this model instead of a square one."""
-        side = math.isqrt(positions.shape[1] - 1)
-        if side**2 + 1 != positions.shape[1]:
+        grid = position_grid({"pos_embed": positions})
+        if grid is None:
             return positions  # of no square grid: loading them says so
-        return resize_positions(positions, (side, side), self.grid, as_dino)
+        return resize_positions(positions, grid, self.grid, as_dino)
 
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) -> what enters the first block (B, T, D)."""

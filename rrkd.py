@@ -280,9 +280,8 @@ class ResNet9Half(ResNet):
 def make_backbone(arch: str, img_size: int, patch_size: int = 4, pretrained=False,
                   **options) -> nn.Module:
     """A backbone of this file, or one of `create_backbone`; pretrained: timm's ImageNet weights."""
-    if pretrained and not (arch in RESNETS or arch.startswith("timm/")):
-        raise InputError(f"there are no ImageNet weights for --arch {arch}: pass --no-pretrained, "
-                         f"or timm/NAME")
+    if pretrained:
+        refuse_without_weights(arch)
     if arch in MLPS:
         return MLP([img_size**2, *MLPS[arch]], head=False)
     if arch == "resnet9_half":
@@ -292,6 +291,12 @@ def make_backbone(arch: str, img_size: int, patch_size: int = 4, pretrained=Fals
         theirs = create_backbone(f"timm/{arch}", pretrained=True).model
         load_weights(backbone, theirs.state_dict(), f"timm/{arch}")
     return backbone
+
+
+def refuse_without_weights(arch: str) -> None:
+    if arch not in RESNETS and not arch.startswith("timm/"):
+        raise InputError(f"there are no ImageNet weights for --arch {arch}: pass --no-pretrained, "
+                         f"or timm/NAME")
 
 
 def make_classifier(arch: str, dim: int, classes: int) -> nn.Module:
@@ -414,12 +419,6 @@ def refuse_missing_labels(args, classes: int, classifies: bool, teacher: Teacher
     if classifies and not classes:
         raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels "
                          f"--no-baseline --teacher FILE")
-    if args.anchors in ("class", "confident") and not classes:
-        raise InputError(f"--anchors {args.anchors} needs labels, and {args.data} has none: use "
-                         f"batch or random")
-    if args.anchors == "confident" and classes < 2:
-        raise InputError(f"--anchors confident needs labels of two classes, and {args.data} has "
-                         f"one: use random")
     if teacher and needs_logits(args) and teacher.classes != classes:
         raise InputError(f"--loss {args.loss} needs the teacher's logits of {classes} classes, and "
                          f"this teacher has {teacher.classes or 'no classifier'}: train one here, "
@@ -540,8 +539,7 @@ def relation_map(embed, backbone: nn.Module, data: ImageData) -> Tensor:
 
 
 def fit(args, data, teacher_file=None) -> dict:
-    """Trains one network, `args.arch` with `args.loss`, into args.output_dir -> its accuracy,
-    parameters and minutes."""
+    """Trains args.arch with args.loss -> its accuracy, parameters and minutes."""
     # data and networks
     device = setup(args)  # seeds the weights
     train_data, monitor_data, test_data = data
@@ -592,7 +590,8 @@ def fit(args, data, teacher_file=None) -> dict:
 
         # views: fixed anchors go through the student with the batch
         labels = train_data.labels[index].to(device, non_blocking=True)  # (B,)
-        x = torch.cat([x, x_a])  # (B + A / processes, 3, S, S)
+        if A:
+            x = torch.cat([x, x_a])  # (B + A / processes, 3, S, S)
         u = draw(args.seed, step, 2000, M + A, columns)[rows]
         student.hand_out(u.to(device, non_blocking=True))
 
@@ -711,7 +710,7 @@ def train(args) -> None:
         args.img_size = backbone.get("img_size")
     data = prepare(args)
     folder = Path(args.output_dir)
-    refuse_what_cannot_work(args)
+    refuse_what_cannot_work(args, len(data[0].classes))
     if args.loss == "none":
         report_results({"student": fit(args, data)})
         return
@@ -734,8 +733,14 @@ def train(args) -> None:
     report_results(results)
 
 
-def refuse_what_cannot_work(args) -> None:
-    """Looks at networks and files before a teacher is trained for nothing."""
+def refuse_what_cannot_work(args, classes: int) -> None:
+    """Looks at labels, networks and files before a teacher is trained for nothing."""
+    if args.anchors in ("class", "confident") and not classes:
+        raise InputError(f"--anchors {args.anchors} needs labels, and {args.data} has none: use "
+                         f"batch or random")
+    if args.anchors == "confident" and classes < 2:
+        raise InputError(f"--anchors confident needs labels of two classes, and {args.data} has "
+                         f"one: use random")
     if not args.teacher and args.teacher_arch.startswith("ae") and needs_logits(args):
         raise InputError(f"--loss {args.loss} needs the logits of a classifier, and --teacher_arch "
                          f"{args.teacher_arch} is an autoencoder: pass mlp1200, say, or for lpkd "
@@ -743,6 +748,8 @@ def refuse_what_cannot_work(args) -> None:
     backbone = make_backbone(args.arch, args.img_size, args.patch_size)
     if args.init:
         start_from(backbone, args.init)
+    elif args.pretrained:
+        refuse_without_weights(args.arch)
     if not args.teacher:
         make_backbone(args.teacher_arch, args.img_size, args.patch_size)
 

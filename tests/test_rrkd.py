@@ -779,11 +779,14 @@ def test_settings_of_the_tables():
     assert all(shared[folder] == settings for _, folder, settings in rrkd.TABLES[1]["rows"])  # one folder, one run
 
 
-def test_nothing_is_trained_before_what_cannot_work(tmp_path, capsys):
+def test_nothing_is_trained_before_what_cannot_work(tmp_path, capsys, image_folder):
     """Networks that cannot be made and files that do not fit are found before the teacher is trained."""
     torch.save(rrkd.make_backbone("ae64", 8).state_dict(), tmp_path / "ae64.pth")
+    flat = image_folder / "train" / "cat"  # images without labels
     for flags, says in ((["--arch", "vit_giant"], "unknown --arch vit_giant"), (["--teacher_arch", "vit_giant"], "unknown --arch vit_giant"),
                         (["--init", tmp_path / "ae64.pth", "--arch", "ae32"], "does not fit this architecture"),
-                        (["--init", tmp_path / "none.pth"], "no file .*none.pth"), (["--teacher", ""], "no file ''")):
+                        (["--init", tmp_path / "none.pth"], "no file .*none.pth"), (["--teacher", ""], "no file ''"),
+                        (["--pretrained", "--teacher_arch", "resnet18"], "no ImageNet weights for --arch ae32"),
+                        (["--data", flat, "--batch_size", 8, "--no-labels", "--anchors", "class"], "--anchors class needs labels")):
         assert_one_line_error(run_in_process(capsys, "--output_dir", tmp_path / "run", *flags), says)
     assert not (tmp_path / "run").exists()
