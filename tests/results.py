@@ -75,7 +75,7 @@ TABLES = {
         [KNN, LINEAR]),
     "d2v_kd": Table(
         "d2v_kd.py", f"{VIT} --depth 2 --student prenorm --epochs 3 --warmup_epochs 0.3 --lr 8e-3 "
-        "--batch_size 256 --teacher_epochs 10",
+        "--batch_size 256 --teacher_epochs 5",
         {"random": "--max_steps 1 --lr 0 --teacher {distilled.parent}/teacher/checkpoint.pth",
          "distilled": "",
          "first blocks, as they are": "--init teacher --max_steps 1 --lr 0 "
