@@ -57,14 +57,14 @@ TABLES = {
          "Off-7v": "--stage offline --targets 7v --epochs 1 --teacher {teacher}",
          "On-7v": "--targets 7v --epochs 1"}, "BYOL alone", [KNN, LINEAR]),
     "rrkd": Table(
-        "rrkd.py", "--recipe cifar10 --labels --no-baseline --epochs 3 --knn_every 0 "
+        "rrkd.py", "--recipe cifar10 --labels --no-baseline --img_size 16 --knn_every 0 "
         "--num_workers 0",
-        {"teacher": "--loss none --arch resnet18 --momentum 0",
-         "no distillation": "--loss none --arch resnet9_half",
-         "SPKD": "--loss spkd --arch resnet9_half --teacher {teacher}",
-         "LPKD": "--loss lpkd --arch resnet9_half --teacher {teacher}",
-         "RRKD": "--loss rrkd --arch resnet9_half --teacher {teacher}",
-         "KD": "--loss kd --arch resnet9_half --teacher {teacher}"},
+        {"teacher": "--loss none --arch resnet18 --momentum 0 --epochs 4",
+         "no distillation": "--loss none --arch resnet9_half --epochs 2",
+         "SPKD": "--loss spkd --arch resnet9_half --epochs 2 --teacher {teacher}",
+         "LPKD": "--loss lpkd --arch resnet9_half --epochs 2 --teacher {teacher}",
+         "RRKD": "--loss rrkd --arch resnet9_half --epochs 2 --teacher {teacher}",
+         "KD": "--loss kd --arch resnet9_half --epochs 2 --teacher {teacher}"},
         "no distillation", [("classifier", None, "accuracy")]),
     "ibot_rkd": Table(
         "ibot_rkd.py", f"{VIT} --pos_embed sincos --batch_size 64 --lr 2e-3 --warmup_epochs 1 "
