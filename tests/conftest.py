@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SDSSL_TEST_DATA", ROOT.parent / "shared" / "data"))  # MNIST, CIFAR-10, photographs, where present
@@ -31,6 +33,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "figures: looks at what is drawn")
     # deprecated calls in our own modules are errors
     modules = "common|sdssl|simdis|rrkd|ibot_rkd|d2v_kd|eval_linear|eval_knn"
     for category in ("FutureWarning", "DeprecationWarning"):
@@ -38,6 +41,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # a worker takes a file at a time: the long ones first, so that both end together
+    longest = ["readme", "promises", "common", "eval_linear", "simdis", "eval_knn", "d2v_kd", "sdssl", "rrkd", "ibot_rkd"]
+    items.sort(key=lambda item: longest.index(item.path.stem.removeprefix("test_")))
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
@@ -45,37 +53,58 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def _be_a_script(script, arguments, cwd, threads, folder):
+def _blank(self, path, **options):
+    """Stands in for savefig, which takes a second or two."""
+    Path(path).write_bytes(b"a figure")
+
+
+def _be_a_script(script, arguments, cwd, threads, folder, figures, environment):
+    """In a forked process: what `python script arguments` does."""
     for stream, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream)
     mp.set_start_method(None, force=True)  # for a loader's workers: the interpreter's own choice again
     os.chdir(cwd)
+    os.environ.update(environment)
     sys.argv = [script, *arguments]
     sys.path[:] = [str(cwd), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
     torch.set_num_threads(threads)
+    if not figures:
+        Figure.savefig = _blank
     runpy.run_path(script, run_name="__main__")
 
 
-def run_script(script, *arguments, processes=1, cwd=ROOT, timeout=600, threads=None):
-    """Runs a script as a user would, under torchrun for several processes -> the finished process, with text output.
+def run_script(script, *arguments, processes=1, cwd=ROOT, timeout=600, threads=None, figures=False, torchrun=False):
+    """Runs a script as a user would -> the finished process, with text output.
 
-    One process alone is forked from a server that has imported the libraries, and none of our files: it starts in no time.
+    It is forked from a server that has imported the libraries, and none of our files, so it starts in no time; of several
+    processes each is told what torchrun tells its own. torchrun: under the real one. figures: drawn, not only written.
     """
-    arguments, threads = [str(argument) for argument in arguments], threads or max(1, 2 // processes)
-    if processes > 1:
+    arguments, threads = [str(argument) for argument in arguments], threads or 1
+    if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True,
                               stdin=subprocess.DEVNULL)
-    with tempfile.TemporaryDirectory() as folder:
-        process = FORKS.Process(target=_be_a_script, args=(script, arguments, cwd, threads, folder))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired([script, *arguments], timeout)
-        return subprocess.CompletedProcess([script, *arguments], process.exitcode, *(
-            (Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr")))
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+        free.close()
+        started = []
+        for number in range(processes):
+            (Path(folder) / str(number)).mkdir()
+            environment = {**meeting, "RANK": str(number), "LOCAL_RANK": str(number)} if processes > 1 else {}
+            started.append(FORKS.Process(target=_be_a_script, args=(
+                script, arguments, cwd, threads, f"{folder}/{number}", figures, environment)))
+            started[-1].start()
+        for process in started:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                raise subprocess.TimeoutExpired([script, *arguments], timeout)
+        output = ["".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"*/{name}")))
+                  for name in ("stdout", "stderr")]
+        code = next((process.exitcode for process in started if process.exitcode), 0)
+        return subprocess.CompletedProcess([script, *arguments], code, *output)
 
 
 def read_log(folder):
@@ -127,6 +156,13 @@ def signals_stay():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request, monkeypatch):
+    """Figures are drawn where a test looks at them."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr(Figure, "savefig", _blank)
 
 
 @pytest.fixture

@@ -477,7 +477,7 @@ def test_world_size_does_not_matter(teacher, in_processes):
 
 def test_the_teacher_that_is_trained_here_resumes_too(tmp_path, monkeypatch):
     """A signal in the teacher's training: --resume goes on there, then to the student, and all is as without a break."""
-    flags = ["--batch_size", 359, "--teacher_epochs", 2, "--max_steps", 2]
+    flags = ["--batch_size", 359, "--teacher_epochs", 2, "--max_steps", 2, "--patch_size", 8]
     whole = train(tmp_path / "whole", *flags)
     teacher = torch.load(tmp_path / "whole" / "teacher" / "checkpoint.pth", weights_only=True)
     assert teacher["step"] == 8 and teacher["meta"]["network"] == "teacher"

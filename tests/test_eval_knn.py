@@ -1021,6 +1021,7 @@ def naive_copy_map(root, model, size, layer, whiten):
 
 
 @pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.figures
 def test_copy_detection(whiten, copydays, ours, evaluate, tmp_path):
     if not (SHARED / "photos").is_dir():
         pytest.skip("made pictures are so alike that rounding decides: needs photographs")

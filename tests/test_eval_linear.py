@@ -61,7 +61,8 @@ def checkpoints(tmp_path_factory):
     """Checkpoints in our own form: a ViT of 3 blocks, one of 6, and a ResNet-18, with random weights."""
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     torch.manual_seed(0)
-    for name, options in {"vit": dict(arch="vit_nano", img_size=16, patch_size=4, depth=3),
+    for name, options in {"vit": dict(arch="vit_nano", img_size=16, patch_size=8, depth=3),
+                          "fine": dict(arch="vit_nano", img_size=16, patch_size=4, depth=3),
                           "vit6": dict(arch="vit_nano", img_size=16, patch_size=8, depth=6),
                           "resnet": dict(arch="resnet18", img_size=16, patch_size=4)}.items():
         backbone = common.create_backbone(**options)
@@ -117,8 +118,9 @@ def assert_same_runs(one, other):
 
 def digits_features(checkpoint, data, pool="cls"):
     """Features of each of the 3 layers, made without our pipeline."""
-    model = common.vit_nano(img_size=16, patch_size=4, depth=3).eval()
-    model.load_state_dict({key[9:]: value for key, value in torch.load(checkpoint, weights_only=True)["student"].items()})
+    weights = {key[9:]: value for key, value in torch.load(checkpoint, weights_only=True)["student"].items()}
+    model = common.vit_nano(img_size=16, patch_size=weights["patch_embed.proj.weight"].shape[-1], depth=3).eval()
+    model.load_state_dict(weights)
     x = F.interpolate(data.images.float() / 255, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
         outputs = model.get_intermediate_layers(normalize(x, MEAN, STD), 3)
@@ -219,11 +221,10 @@ def test_the_scale_of_the_features_does_not_matter(checkpoints, evaluate, monkey
         assert abs(one["test_top1"] - other["test_top1"]) < 1 and one["test_top1"] > 60
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "both"])
-def test_logistic_regression_of_scikit_learn(pool, checkpoints, evaluate, tmp_path):
-    evaluate("a", "--checkpoint", checkpoints["vit"], "--layers", "all", "--cached", "--pool", pool)
+def test_logistic_regression_of_scikit_learn(checkpoints, evaluate, tmp_path):
+    evaluate("a", "--checkpoint", checkpoints["fine"], "--layers", "all", "--cached", "--pool", "both")
     (train, _), test = hold_out(load_data("digits")[0], 0.1, 0), load_data("digits")[1]
-    features = [digits_features(checkpoints["vit"], data, pool) for data in (train, test)]
+    features = [digits_features(checkpoints["fine"], data, "both") for data in (train, test)]
     for row, x, y in zip(rows(tmp_path / "a"), *features, strict=True):
         mean, std = x.mean(0), x.std(0)
         fitted = LogisticRegression(max_iter=3000).fit((x - mean) / std, train.labels)
@@ -264,6 +265,7 @@ def test_the_chosen_rate():
     assert eval_linear.best_rates(top1, loss, 16).tolist() == [0, 1]  # 5.4 and 10
 
 
+@pytest.mark.figures
 def test_the_grid_costs_no_forward_passes_and_the_test_is_seen_once(checkpoints, evaluate, monkeypatch, tmp_path):
     data, test = few(monkeypatch)
     seen = {}
@@ -703,7 +705,7 @@ def test_bad_input_through_the_shell(tmp_path):
     (["--holdout", 0], ["--holdout 0 leaves no images"]),
     (["--holdout", 0.001], ["300 labelled training images are too few"]),
     (["--holdout", 2], ["argument --holdout: 2 is not a number of at least 0.0 and at most 0.9"]),
-    (["--img_size", 18], ["18 x 18", "patch size 4"]),
+    (["--img_size", 18], ["18 x 18", "patch size 8"]),
     (["--checkpoint", ""], ["argument --checkpoint: no file ''"]),
     (["--img_size", 0], ["argument --img_size: 0 is not a number"]),
     (["--batch_size", 5000], ["fewer than --batch_size 5000"]),
@@ -784,6 +786,7 @@ def test_randaugment_that_pillow_refuses_is_one_line(checkpoints, evaluate):
     assert_one_line_error(result, "--randaugment rand-m2-n15", "add -inc1")
 
 
+@pytest.mark.figures
 def test_compare_draws_means_over_seeds(tmp_path, capsys):
     """Folders that differ by their seed are one curve; the table has its mean and standard deviation; one line for mistakes."""
     for name, top1 in (("a-0", [10.0, 20.0]), ("a-1", [14.0, 20.0]), ("b-0", [1.0, 2.0])):

@@ -733,6 +733,7 @@ def test_attention_equals_the_explicit_softmax():
     torch.testing.assert_close(backbone.get_last_selfattention(x, queries=1), whole[:, :, :1])
 
 
+@pytest.mark.figures
 def test_attention_is_drawn_side_by_side(tmp_path, image_folder, capsys):
     """Two checkpoints, two images of different sizes that are not square, in any order; at their size or another."""
     from PIL import Image

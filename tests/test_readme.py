@@ -146,7 +146,15 @@ def test_command_runs(command, places):
     if script == "eval_linear.py" and "--cached" not in flags and "--compare" not in flags:
         flags += ["--max_steps", "1"]
     if script == "eval_linear.py" and "/path/to" in command:
-        flags += ["--batch_size", "8", "--epochs", "2"]
+        flags += ["--batch_size", "8"]
+    if "--cached" in flags:
+        flags += ["--epochs", "2"]
+    if script == "simdis.py" and "torchrun" in command:
+        flags += ["--arch", "vit_nano", "--teacher_arch", "vit_nano", "--patch_size", "8"]
+    if "--analyze" in flags:
+        flags += ["--data", str(places / "images")]
+    if "dino_deitsmall16" in command:
+        flags += ["--img_size", "64"]
     if script == "sdssl.py" and "--analyze" not in flags and "--resume" not in flags:
         flags += ["--output_dir", "runs/other"]  # the evaluations want the small one
     if "--task" in flags:

@@ -709,6 +709,7 @@ def steps_done(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.figures
 def test_tables_on_digits(number, tmp_path, monkeypatch, capsys):
     """Every row and seed ends in its own folder; finished runs are not repeated, and one that was cut short goes on."""
     flags = ["--table", number, "--data", "digits", "--quick", "--batch_size", 128, "--epochs", 1]
@@ -753,7 +754,7 @@ def test_table_over_seeds_beside_the_paper(tmp_path, monkeypatch, capsys):
     assert "mnist" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("number", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_tables_on_class_folders(number, image_folder, tmp_path):
     """CIFAR's and transfer's tables from any class folders, with random weights; a folder's name finds the paper's numbers."""
     data = tmp_path / next(iter(rrkd.TABLES[number]["columns"]))

@@ -423,7 +423,7 @@ def test_world_size_does_not_matter(in_processes, teacher_file):
     ResNets, whose BatchNorm2d amplifies rounding, are compared in fp64, closer. Last, Sec. 4.3's BatchNorm: one process is as
     before; two have statistics of their own, so their losses differ, and DDP still gives both the same gradient.
     """
-    resnets = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", "8"]
+    resnets = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", "8", "--targets", "2v"]
     cases = [(stage_flags(stage, teacher_file), torch.float32) for stage in ("online", "offline", "teacher")]
     cases += [(resnets, torch.float64), (["--no-sync_bn"], torch.float32)]
     alone = steps_gradients(0, cases)
@@ -541,6 +541,9 @@ def test_resnet_student_loads_into_torchvision(tmp_path):
 @pytest.mark.parametrize("stage", ["teacher", "online"])
 def test_both_evaluations_take_the_checkpoint(stage, tmp_path, monkeypatch, capsys):
     """A small-image ResNet-18, as teacher and as student."""
+    few = tuple(data.subset(torch.arange(200)) for data in common.load_data("digits"))
+    for script in (simdis, eval_knn, eval_linear):
+        monkeypatch.setattr(script, "load_data", lambda name, path: few)
     train(tmp_path / "run", "--stage", stage, "--arch", "resnet18", "--teacher_arch", "resnet18" if stage == "teacher" else "vit_nano",
           "--img_size", 8, "--max_steps", 1, "--hidden", 8)
     common_flags = ["--checkpoint", tmp_path / "run" / "checkpoint.pth", "--data", "digits"]
