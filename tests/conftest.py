@@ -42,8 +42,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     # a worker takes a file at a time: the long ones first, so that both end together
-    longest = ["readme", "promises", "common", "eval_linear", "simdis", "eval_knn", "d2v_kd", "sdssl", "rrkd", "ibot_rkd"]
-    items.sort(key=lambda item: longest.index(item.path.stem.removeprefix("test_")))
+    longest = ("readme", "promises", "common", "eval_linear", "simdis", "eval_knn", "d2v_kd", "sdssl", "rrkd", "ibot_rkd")
+    place = {f"test_{name}": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.stem, -1))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests
     for item in items:
@@ -58,10 +59,11 @@ def _blank(self, path, **options):
     Path(path).write_bytes(b"a figure")
 
 
-def _be_a_script(script, arguments, cwd, threads, folder, figures, environment):
+def _be_a_script(script, arguments, cwd, threads, outputs, figures, environment):
     """In a forked process: what `python script arguments` does."""
-    for stream, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), stream)
+    os.setsid()  # a signal to its group is not one to ours
+    for stream, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     mp.set_start_method(None, force=True)  # for a loader's workers: the interpreter's own choice again
     os.chdir(cwd)
     os.environ.update(environment)
@@ -73,38 +75,38 @@ def _be_a_script(script, arguments, cwd, threads, folder, figures, environment):
     runpy.run_path(script, run_name="__main__")
 
 
-def run_script(script, *arguments, processes=1, cwd=ROOT, timeout=600, threads=None, figures=False, torchrun=False):
-    """Runs a script as a user would -> the finished process, with text output.
+def start_script(script, *arguments, outputs=(os.devnull, os.devnull), cwd=ROOT, threads=1, figures=False, environment={}):
+    """Starts a script as a user would -> its process. outputs: the files that take stdout and stderr.
 
-    It is forked from a server that has imported the libraries, and none of our files, so it starts in no time; of several
-    processes each is told what torchrun tells its own. torchrun: under the real one. figures: drawn, not only written.
+    It is forked from a server that has imported the libraries, and none of our files, so it starts in no time.
+    figures: drawn, which takes a second or two, and not only written.
     """
-    arguments, threads = [str(argument) for argument in arguments], threads or 1
-    if torchrun:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+    arguments = [str(argument) for argument in arguments]
+    process = FORKS.Process(target=_be_a_script, args=(script, arguments, cwd, threads, outputs, figures, environment))
+    process.start()
+    return process
+
+
+def run_script(script, *arguments, processes=1, timeout=600, **options):
+    """Runs a script to its end -> the finished process, with text output. Several processes are told what torchrun tells its own."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-        free.close()
-        started = []
+    started = []
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(processes):
-            (Path(folder) / str(number)).mkdir()
             environment = {**meeting, "RANK": str(number), "LOCAL_RANK": str(number)} if processes > 1 else {}
-            started.append(FORKS.Process(target=_be_a_script, args=(
-                script, arguments, cwd, threads, f"{folder}/{number}", figures, environment)))
-            started[-1].start()
+            outputs = [f"{folder}/{name}{number}" for name in ("stdout", "stderr")]
+            started.append(start_script(script, *arguments, outputs=outputs, environment=environment, **options))
         for process in started:
             process.join(timeout)
             if process.is_alive():
                 process.kill()
                 raise subprocess.TimeoutExpired([script, *arguments], timeout)
-        output = ["".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"*/{name}")))
+        output = ["".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"{name}*")))
                   for name in ("stdout", "stderr")]
-        code = next((process.exitcode for process in started if process.exitcode), 0)
-        return subprocess.CompletedProcess([script, *arguments], code, *output)
+    code = next((process.exitcode for process in started if process.exitcode), 0)
+    return subprocess.CompletedProcess([script, *arguments], code, *output)
 
 
 def read_log(folder):

@@ -1651,7 +1651,7 @@ def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     os.kill(int(workers[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
-    assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2, threads=1).returncode == 0
+    assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
     killed, whole = ([(record["step"], record["loss"]) for record in losses_of(tmp_path / name)] for name in ("killed", "whole"))
     assert [step for step, _ in killed] == list(range(1, 10)) and killed == whole
 
