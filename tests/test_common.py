@@ -1183,7 +1183,7 @@ def test_read_checkpoint_errors(tmp_path):
         assert f"{name}.pth" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_advice_for_pickled_checkpoints_works(tmp_path):
+def test_the_advice_for_pickled_checkpoints_works(tmp_path, monkeypatch):
     """The command that the error prints makes a file that loads."""
     import argparse
 
@@ -1191,7 +1191,8 @@ def test_the_advice_for_pickled_checkpoints_works(tmp_path):
     with pytest.raises(InputError) as caught:
         common.read_checkpoint(tmp_path / "foreign.pth")
     code = re.search(r'python -c "(.*)"', str(caught.value)).group(1)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
     assert torch.equal(common.read_checkpoint(tmp_path / "clean.pth")["teacher"]["a"], torch.ones(3))
 
 
@@ -1642,7 +1643,7 @@ def wait_until(condition, seconds=180):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers through Linux's /proc")
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
-    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 9, "--batch_size", 256]
+    flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 7, "--batch_size", 256]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "sdssl.py"]
     process = subprocess.Popen([*command, *map(str, flags), "--output_dir", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -1653,7 +1654,7 @@ def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     assert process.returncode == 0, output[-3000:]
     assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
     killed, whole = ([(record["step"], record["loss"]) for record in losses_of(tmp_path / name)] for name in ("killed", "whole"))
-    assert [step for step, _ in killed] == list(range(1, 10)) and killed == whole
+    assert [step for step, _ in killed] == list(range(1, 8)) and killed == whole
 
 
 def test_two_machines_train_as_one(tmp_path):
@@ -1786,7 +1787,7 @@ def test_a_signal_outside_of_a_step_is_one_line(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, common\n"
                       "common.launch(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))\n")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    result = run_script(script, cwd=tmp_path)
     assert result.returncode == 128 + signal.SIGTERM and result.stderr.strip() == "stopped by SIGTERM"
 
 

@@ -86,7 +86,7 @@ def places(photos, tmp_path_factory):
     weights = common.vit_small(img_size=224, patch_size=16).state_dict()
     weights = {f"backbone.{name}": x for name, x in weights.items() if name != "mask_token"}
     torch.save({"teacher": weights}, root / "dino_deitsmall16_pretrain.pth")
-    trained = run_script("sdssl.py", *SMALL["sdssl.py"], cwd=root)
+    trained = run_script("sdssl.py", *SMALL["sdssl.py"], "--patch_size", 8, cwd=root)
     assert trained.returncode == 0, trained.stderr
     return root
 
@@ -142,7 +142,9 @@ def test_command_runs(command, places):
     processes = 2 if command == TORCHRUN else 1  # the flags of the others need no second process
     script, *flags = [word for word in words[1:] if not word.startswith("--nproc")]
     if script in METHODS and "--data" in flags:
-        flags += ["--img_size", "32", "--batch_size", "8"]
+        flags += ["--img_size", "16" if script == "rrkd.py" else "32", "--batch_size", "8"]
+    elif script in METHODS and script != "ibot_rkd.py":
+        flags += ["--patch_size", "8"]
     if script == "eval_linear.py" and "--cached" not in flags and "--compare" not in flags:
         flags += ["--max_steps", "1"]
     if script == "eval_linear.py" and "/path/to" in command:
