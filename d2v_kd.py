@@ -1,32 +1,33 @@
-"""Unimodal knowledge distillation (vision): a shallow Data2Vec2-style student learns from BEiTv2 (a
-thesis draft, Eqs. 1-6).
+"""Unimodal knowledge distillation (vision): a shallow Data2Vec2-style student learns from
+BEiTv2 (a thesis draft, Eqs. 1-6).
 
 The idea. A self-supervised teacher has no class probabilities to pass on, only features. One
-layer's [CLS] token says what the teacher found, not how. So the student, half as deep, predicts for
-every token the mean over *all* the teacher's layers, each first brought to one scale. That mean
-does not depend on how many layers there are: the student's own are averaged likewise, and no layer
-of one has to be paired with a layer of the other.
+layer's [CLS] token says what the teacher found, not how. So the student, half as deep,
+predicts for every token the mean over *all* the teacher's layers, each first brought to one
+scale. That mean does not depend on how many layers there are: the student's own are averaged
+likewise, and no layer of one has to be paired with a layer of the other.
 
     image -> teacher, frozen -> H_1 ... H_12 -> instance norm -> mean -> layer norm -> Y ----+
       |                         each block's    Eqs. 1-3         Eq. 4   Eq. 5               |
       |                         output                                loss = mean (Y - Y^)^2, Eq. 6
       +----> student ---------> H_1 ... H_6 --> instance norm -> mean -> layer norm -> Y^ ---+
 
-Instance norm brings each dim of an image to mean 0 and variance 1 over its tokens, [CLS] among
-them: before the mean over layers, since a layer of large numbers would drown the others there.
-Layer norm, without parameters, brings each token to mean 0 and variance 1 over its dims: after that
-mean, which is smaller the less the layers agree. So the loss is 2 - 2 * (correlation of Y and Y^,
-mean over tokens), and 2 is chance.
+Instance norm brings each dim of an image to mean 0 and variance 1 over its tokens, [CLS]
+among them: before the mean over layers, since a layer of large numbers would drown the
+others there. Layer norm, without parameters, brings each token to mean 0 and variance 1 over
+its dims: after that mean, which is smaller the less the layers agree. So the loss is 2 - 2 *
+(correlation of Y and Y^, mean over tokens), and 2 is chance.
 
 The loss moves the student alone; the teacher is frozen, in evaluation mode. The student is
-Data2Vec2's ViT: post-norm blocks (x = LN(x + attn(x)), x = LN(x + mlp(x))), a norm before the first
-and none after the last, fixed sine-cosine positions; --student prenorm is the usual ViT. It starts
-at random or, with --init, from a file or its teacher: from the first blocks, or evenly spaced ones.
-Images are normalised as the teacher's were. Where no teacher is given, a small one is trained
-first, the simplest way: by labels, through a head on its [CLS].
+Data2Vec2's ViT: post-norm blocks (x = LN(x + attn(x)), x = LN(x + mlp(x))), a norm before
+the first and none after the last, fixed sine-cosine positions; --student prenorm is the
+usual ViT. It starts at random or, with --init, from a file or its teacher: from the first
+blocks, or evenly spaced ones. Images are normalised as the teacher's were. Where no teacher
+is given, a small one is trained first, the simplest way: by labels, through a head on its
+[CLS].
 
-Symbols: B images of this process, N patch tokens, T = 1 + N tokens with [CLS] first, D width,
-L layers, C classes.
+Symbols: B images of this process, N patch tokens, T = 1 + N tokens with [CLS] first, D
+width, L layers, C classes.
 
     python d2v_kd.py                       digits: a teacher of 4 blocks, then a student of 2
     python d2v_kd.py --depth 3             a student of another depth
@@ -38,8 +39,8 @@ L layers, C classes.
         --init_blocks spaced
     python eval_linear.py --checkpoint runs/d2v_kd/checkpoint.pth --data digits --finetune all
 
-Measured: the first command (seed 0): k-NN of the teacher 92.8 %; of the student 58.9 % before and
-80.8 % after, while the validation loss falls from 1.91 to 0.05.
+Measured: the first command (seed 0): k-NN of the teacher 92.8 %; of the student 58.9 %
+before and 80.8 % after, while the validation loss falls from 1.91 to 0.05.
 
     what                  paper                   released code            here
     hidden states         each block's output     feed-forward outputs,    each block's output
@@ -120,8 +121,8 @@ def kd_loss(pred: Tensor, target: Tensor) -> Tensor:
 class Contextualized(nn.Module):
     """A backbone seen through Eqs. 1-5, student and teacher alike: images -> (B, T, D).
 
-    proj: a linear map of the student's states, the same for all layers, to a teacher of another
-    width.
+    proj: a linear map of the student's states, the same for all layers, to a teacher of
+    another width.
     """
 
     def __init__(self, backbone: nn.Module, proj: nn.Module | None = None):
@@ -135,8 +136,8 @@ class Contextualized(nn.Module):
 
 
 class ImageLoss(nn.Module):
-    """Eq. 6 of each image by itself (B, 1), in the place of a feature: the validation loss is its
-    mean."""
+    """Eq. 6 of each image by itself (B, 1), in the place of a feature: the validation loss
+    is its mean."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module):
         super().__init__()
@@ -161,7 +162,8 @@ class Labeller(nn.Module):
 
 
 def load_teacher(args) -> tuple[nn.Module, dict]:
-    """-> the teacher's backbone, frozen, and its meta: from our file, unilm's, another, or timm."""
+    """-> the teacher's backbone, frozen, and its meta: from our file, unilm's, another, or
+    timm."""
     path = args.teacher
     weights = backbone_weights(read_checkpoint(path)) if path else {}
     arch = args.teacher_arch
@@ -187,7 +189,8 @@ def load_teacher(args) -> tuple[nn.Module, dict]:
 
 
 def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized, dict]:
-    """-> the student, and what a reader of its checkpoint must know. `meta` is the teacher's."""
+    """-> the student, and what a reader of its checkpoint must know. `meta` is the
+    teacher's."""
     args.depth = args.depth or max(1, len(teacher.layer_dims) // 2)
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size,
                    depth=args.depth, pos_embed="sincos", num_heads=None,
@@ -229,7 +232,8 @@ def make_optimizer(args, network: nn.Module, device):
 
 
 def load_splits(args) -> tuple[ImageData, ImageData]:
-    """Training and test images; where there are none to test with, every tenth training image."""
+    """Training and test images; where there are none to test with, every tenth training
+    image."""
     train_data, test_data = load_data(args.data, args.data_path)
     if test_data is not None:
         return train_data, test_data
@@ -411,7 +415,8 @@ def parse_arguments(argv=None):
 
 
 def from_unilm(weights: dict) -> dict:
-    """unilm's BEiT -> timm's. One table of relative positions for all blocks is copied to each."""
+    """unilm's BEiT -> timm's. One table of relative positions for all blocks is copied to
+    each."""
     table = weights.get("rel_pos_bias.relative_position_bias_table")
     converted = {}
     for key, value in weights.items():
@@ -444,8 +449,8 @@ def layer_norm_first(content) -> bool:
 
 
 def from_fairseq(weights: dict) -> dict:
-    """fairseq's Data2Vec2 -> ours: the two blocks of its context encoder come first; decoder and
-    EMA teacher are left out."""
+    """fairseq's Data2Vec2 -> ours: the two blocks of its context encoder come first; decoder
+    and EMA teacher are left out."""
     image = "modality_encoders.IMAGE."
     if not any(key.startswith(image) for key in weights):
         return weights
@@ -494,8 +499,8 @@ def block_count(weights: dict, prefix: str) -> int:
 
 
 def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> None:
-    """A student from a network at least as deep: its embedding, and as many of its blocks as fit,
-    the first or evenly spaced."""
+    """A student from a network at least as deep: its embedding, and as many of its blocks as
+    fit, the first or evenly spaced."""
     L = block_count(weights, "blocks.")
     depth = len(backbone.blocks)
     kinds = ["prenorm" if "norm.weight" in names else "postnorm"

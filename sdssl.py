@@ -1,11 +1,12 @@
-"""SDSSL: Self-Distilled Self-Supervised Representation Learning (Jang et al.), for SimCLR, BYOL and
-MoCo v3.
+"""SDSSL: Self-Distilled Self-Supervised Representation Learning (Jang et al.), for SimCLR,
+BYOL and MoCo v3.
 
-The idea. A contrastive method trains the last layer of a ViT; the layers below learn only what
-helps the last. SDSSL gives each of them the same task: a head of its own turns its [CLS] token into
-a query that must find the teacher's *final* output of the image's other view (loss_isd). Lower
-layers become good features, which makes the last layer's task easier too. The predictors of the
-lower layers would lag behind, so they get a loss that moves nothing else (loss_pred).
+The idea. A contrastive method trains the last layer of a ViT; the layers below learn only
+what helps the last. SDSSL gives each of them the same task: a head of its own turns its [CLS]
+token into a query that must find the teacher's *final* output of the image's other view
+(loss_isd). Lower layers become good features, which makes the last layer's task easier too.
+The predictors of the lower layers would lag behind, so they get a loss that moves nothing
+else (loss_pred).
 
     view 1 -> student backbone -> h_1 ... h_L -> projectors -> predictors -> q_1 ... q_(L-1)   q_L
                                                                                    |            |
@@ -18,12 +19,13 @@ lower layers would lag behind, so they get a loss that moves nothing else (loss_
       + alpha * 1/(L-1) * sum over l < L of L_ssl(q_l, sg z_L)   Eq. 3; alpha rises from 0 to 1
       + beta * sum over l <= L of L_ssl(predictor(sg h_l), sg z_L)   Eq. 5; together Eq. 6
 
-What each loss moves: loss_ssl the whole student; loss_isd the lower heads and the layers up to
-theirs; loss_pred the predictors alone. The teacher moves by EMA. SimCLR has neither teacher nor
-predictor: q = h, and z is the student's own final output, without gradient in loss_isd (Eq. 4).
+What each loss moves: loss_ssl the whole student; loss_isd the lower heads and the layers up
+to theirs; loss_pred the predictors alone. The teacher moves by EMA. SimCLR has neither
+teacher nor predictor: q = h, and z is the student's own final output, without gradient in
+loss_isd (Eq. 4).
 
-Symbols: B images of this process, M of the global batch, L layers with a head (the last one is the
-final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
+Symbols: B images of this process, M of the global batch, L layers with a head (the last one
+is the final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
 
     python sdssl.py                                                    digits, 2 minutes on a laptop
     python sdssl.py --framework byol --no-sd --output_dir runs/byol    a baseline: no distillation
@@ -33,8 +35,8 @@ final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
     python sdssl.py --analyze runs/sdssl/checkpoint.pth runs/byol/checkpoint.pth \
         --output_dir runs/analysis                                     Figs. 5 to 8
 
-Measured: the first command (60 epochs, seed 0, 2 CPU cores, 2.1 minutes) takes k-NN from 61.4 % to
-94.2 %.
+Measured: the first command (60 epochs, seed 0, 2 CPU cores, 2.1 minutes) takes k-NN from 61.4
+% to 94.2 %.
 
     what                 paper                      released code             here
     loss_pred            sum over L layers          L * mean                  L * mean: the sum
@@ -91,9 +93,9 @@ def contrastive_loss(q: Tensor, z: Tensor, labels: Tensor, tau: float,
                      excluded: Tensor | None = None) -> Tensor:
     """Cross-entropy of finding each query's positive among the candidates, mean over queries.
 
-    q: queries (..., B, K). z: candidates (M, K), the negatives among them. labels (B,): the row of
-    z that is positive. excluded (B,): a row of z that is no candidate. Both are shared by all
-    layers.
+    q: queries (..., B, K). z: candidates (M, K), the negatives among them. labels (B,): the
+    row of z that is positive. excluded (B,): a row of z that is no candidate. Both are shared
+    by all layers.
     """
     q = F.normalize(q.flatten(0, -2), dim=-1)  # (L*B, K)
     layers = len(q) // len(labels)
@@ -104,11 +106,11 @@ def contrastive_loss(q: Tensor, z: Tensor, labels: Tensor, tau: float,
 
 
 def info_nce(q: Tensor, z: Tensor, tau: float = 0.2, labels: Tensor | None = None) -> Tensor:
-    """MoCo v3's loss: Eq. 2 times 2 * tau, as in Algorithm 1, so that the size of the gradient does
-    not depend on tau.
+    """MoCo v3's loss: Eq. 2 times 2 * tau, as in Algorithm 1, so that the size of the
+    gradient does not depend on tau.
 
-    q: (B, K), (L, B, K), or (L*B, K) with the layer outermost. z: (M, K). labels (B,): the row of z
-    that is positive for each query, the same for every layer; default arange(M).
+    q: (B, K), (L, B, K), or (L*B, K) with the layer outermost. z: (M, K). labels (B,): the
+    row of z that is positive for each query, the same for every layer; default arange(M).
     """
     if labels is None:
         labels = torch.arange(len(z), device=z.device)
@@ -150,8 +152,9 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
 
 def teacher_losses(ssl, q1: Tensor, q2: Tensor, z1: Tensor, z2: Tensor, p1: Tensor | None = None,
                    p2: Tensor | None = None) -> dict[str, Tensor]:
-    """BYOL's and MoCo v3's. ssl: the loss of queries (..., B, K) and targets, Eq. 1 or 2. z1, z2:
-    the teacher's outputs. p1, p2 (L, B, K): predictions from projections without gradient."""
+    """BYOL's and MoCo v3's. ssl: the loss of queries (..., B, K) and targets, Eq. 1 or 2. z1,
+    z2: the teacher's outputs. p1, p2 (L, B, K): predictions from projections without
+    gradient."""
     losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}
     if len(q1) > 1:
         losses["loss_isd"] = ssl(q1[:-1], z2) + ssl(q2[:-1], z1)  # Eq. 3: mean over rows and layers
@@ -180,18 +183,18 @@ def mocov3_losses(q1, q2, z1, z2, p1=None, p2=None, tau: float = 0.2) -> dict[st
 
 
 def stack_layers(layers: list[Tensor]) -> Tensor:
-    """L of (B, D_l) -> (L, B, D). Narrower layers, a ResNet's lower stages, are padded with zeros,
-    which add nothing."""
+    """L of (B, D_l) -> (L, B, D). Narrower layers, a ResNet's lower stages, are padded with
+    zeros, which add nothing."""
     D = max(layer.shape[-1] for layer in layers)
     return torch.stack([F.pad(layer, (0, D - layer.shape[-1])) for layer in layers])
 
 
 class LayerMLP(nn.Module):
-    """L MLPs at once, one a layer: each view (L, B, D) -> (L, B, K). Linear layers without bias,
-    BatchNorm and ReLU on the hidden ones.
+    """L MLPs at once, one a layer: each view (L, B, D) -> (L, B, K). Linear layers without
+    bias, BatchNorm and ReLU on the hidden ones.
 
-    One batched matmul serves all layers and views; BatchNorm takes one view at a time. The images
-    come last inside, so that BatchNorm sees one batch of L*D channels.
+    One batched matmul serves all layers and views; BatchNorm takes one view at a time. The
+    images come last inside, so that BatchNorm sees one batch of L*D channels.
     """
 
     def __init__(self, in_dims: list[int], hidden: int, out_dim: int, depth: int, out_norm: bool):
@@ -225,8 +228,8 @@ class LayerMLP(nn.Module):
 class Student(nn.Module):
     """Backbone, and for each layer that learns a projector and, but for SimCLR, a predictor.
 
-    isd_every: distil to every n-th layer (Table 6). isd_mlp: depth of the lower projectors, 0 for
-    none.
+    isd_every: distil to every n-th layer (Table 6). isd_mlp: depth of the lower projectors, 0
+    for none.
     """
 
     def __init__(self, backbone: nn.Module, framework: str, sd=True, isd_every=1, isd_mlp=3,
@@ -267,8 +270,8 @@ class Student(nn.Module):
         return [stack_layers([*below, *last]) for below, last in zip(lower, final, strict=True)]
 
     def forward(self, *views: Tensor) -> tuple[list, list]:
-        """Views (B, 3, H, W) -> for each its queries q (L, B, K), and its predictions from sg(h)
-        (L, B, K), which are None where loss_pred has no place."""
+        """Views (B, 3, H, W) -> for each its queries q (L, B, K), and its predictions from
+        sg(h) (L, B, K), which are None where loss_pred has no place."""
         h = self.project(*views)
         if self.predictor is None:
             return h, [None] * len(h)
@@ -279,7 +282,8 @@ class Student(nn.Module):
 
 class Teacher(nn.Module):
     """The student's backbone and last projector, moved only by EMA; no predictor. It stays in
-    training mode: its BatchNorm uses the batch's statistics and keeps running ones of its own."""
+    training mode: its BatchNorm uses the batch's statistics and keeps running ones of its
+    own."""
 
     def __init__(self, student: Student):
         super().__init__()
@@ -463,7 +467,8 @@ MEASURES = ("-uniformity", "alignment", "-uniformity / alignment", "negative ali
 @torch.no_grad()
 def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, device,
                    images: int = 1000) -> dict:
-    """Per layer: features for t-SNE, CKA with every layer, MEASURES of two views of each image."""
+    """Per layer: features for t-SNE, CKA with every layer, MEASURES of two views of each
+    image."""
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     ten_classes = rows[data.labels[rows] < 10][:images]
     rows = rows[:images]
@@ -494,7 +499,8 @@ def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, devi
 
 
 def analyze(args) -> None:
-    """tsne.png, cka.png, alignment.png, analysis.csv and cka.csv of one checkpoint or several."""
+    """tsne.png, cka.png, alignment.png, analysis.csv and cka.csv of one checkpoint or
+    several."""
     device = setup(args)
     given = args.arch, args.patch_size, args.img_size  # for files that do not say
     train_data, test_data = load_data(args.data, args.data_path)
