@@ -2,11 +2,10 @@
 BYOL and MoCo v3.
 
 The idea. A contrastive method trains the last layer of a ViT; the layers below learn only
-what helps the last. SDSSL gives each of them the same task: a head of its own turns its [CLS]
+what helps the last. SDSSL gives every layer the same task: a head of its own turns its [CLS]
 token into a query that must find the teacher's *final* output of the image's other view
 (loss_isd). Lower layers become good features, which makes the last layer's task easier too.
-The predictors of the lower layers would lag behind, so they get a loss that moves nothing
-else (loss_pred).
+Since its predictors lag behind, loss_pred trains those of all layers, and nothing else.
 
     view 1 -> student backbone -> h_1 ... h_L -> projectors -> predictors -> q_1 ... q_(L-1)   q_L
                                                                                    |            |
@@ -20,9 +19,10 @@ else (loss_pred).
       + beta * sum over l <= L of L_ssl(predictor(sg h_l), sg z_L)   Eq. 5; together Eq. 6
 
 What each loss moves: loss_ssl the whole student; loss_isd the lower heads and the layers up
-to theirs; loss_pred the predictors alone. The teacher moves by EMA. SimCLR has neither
-teacher nor predictor: q = h, and z is the student's own final output, without gradient in
-loss_isd (Eq. 4).
+to theirs; loss_pred the predictors alone. The teacher moves by EMA; a ViT's patch projection
+is frozen at its start. SimCLR has neither teacher nor predictor: q = h, and z is the
+student's own final output, without gradient in loss_isd (Eq. 4). Negatives are the other
+images of the global batch in z; BYOL has none. Memory grows with L * B * M for the logits.
 
 Symbols: B images of this process, M of the global batch, L layers with a head (the last one
 is the final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
@@ -131,8 +131,8 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
     return contrastive_loss(z, z, rows.roll(len(z1)), tau, excluded=rows)
 
 
-# The terms of Eq. 6, over both directions. q1, q2 (L, B, K): the student's output of each layer for
-# view 1 and 2, the final layer last. Lower layers are there only with self-distillation.
+# The terms of Eq. 6, each over both directions. q1, q2 (L, B, K): the queries of view 1 and 2, the
+# final layer last; with --no-sd it is the only one.
 
 
 def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]:
@@ -150,11 +150,11 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
     return losses
 
 
-def teacher_losses(ssl, q1: Tensor, q2: Tensor, z1: Tensor, z2: Tensor, p1: Tensor | None = None,
-                   p2: Tensor | None = None) -> dict[str, Tensor]:
-    """BYOL's and MoCo v3's. ssl: the loss of queries (..., B, K) and targets, Eq. 1 or 2. z1,
-    z2: the teacher's outputs. p1, p2 (L, B, K): predictions from projections without
-    gradient."""
+def byol_losses(q1, q2, z1, z2, p1=None, p2=None, ssl=regression_loss) -> dict[str, Tensor]:
+    """z1, z2 (B, K): the teacher's outputs. p1, p2 (L, B, K): predictions from projections
+    without gradient. ssl: the loss of queries (..., B, K) and targets; MoCo v3 has another."""
+    z1 = z1.detach()
+    z2 = z2.detach()
     losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}
     if len(q1) > 1:
         losses["loss_isd"] = ssl(q1[:-1], z2) + ssl(q2[:-1], z1)  # Eq. 3: mean over rows and layers
@@ -163,20 +163,16 @@ def teacher_losses(ssl, q1: Tensor, q2: Tensor, z1: Tensor, z2: Tensor, p1: Tens
     return losses
 
 
-def byol_losses(q1, q2, z1, z2, p1=None, p2=None) -> dict[str, Tensor]:
-    return teacher_losses(regression_loss, q1, q2, z1.detach(), z2.detach(), p1, p2)
-
-
 def mocov3_losses(q1, q2, z1, z2, p1=None, p2=None, tau: float = 0.2) -> dict[str, Tensor]:
     """Negatives are the teacher's outputs of all other images of the global batch."""
-    z1 = gather(z1.detach())  # (M, K)
-    z2 = gather(z2.detach())  # (M, K)
+    z1 = gather(z1)  # (M, K)
+    z2 = gather(z2)  # (M, K)
     rows = torch.arange(len(z1), device=z1.device)[local_rows(len(z1))]  # (B,)
 
     def ssl(q, z):
         return info_nce(q, z, tau, rows)  # Eq. 2
 
-    return teacher_losses(ssl, q1, q2, z1, z2, p1, p2)
+    return byol_losses(q1, q2, z1, z2, p1, p2, ssl)
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -295,10 +291,6 @@ class Teacher(nn.Module):
         z, = self.projector(self.backbone(x)[None])  # (1, B, K)
         return z[0]  # (B, K)
 
-    def update(self, student: Student, momentum: float) -> None:
-        ema_update(student.backbone, self.backbone, momentum)
-        ema_update(student.projector, self.projector, momentum)
-
 
 def build(args) -> tuple[Student, Teacher | None, dict]:
     """-> student, teacher (None for SimCLR), and what a reader of the checkpoint must know."""
@@ -355,8 +347,7 @@ def train(args) -> None:
     # schedules, a value for each step
     M = args.batch_size
     peak_lr = args.lr * M / 256
-    warmup = int(args.warmup_epochs * run.steps_per_epoch)
-    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, int(args.warmup_epochs * run.steps_per_epoch))
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
     alpha = cosine_schedule(0.0 if args.anneal else args.alpha, args.alpha, run.total)
     chance_levels = {"mocov3": 4 * args.tau * math.log(M), "byol": 4.0,
@@ -402,7 +393,8 @@ def train(args) -> None:
 
         # EMA, once a step, after the student moved
         if teacher:
-            teacher.update(student, float(momentum[step]))
+            ema_update(student.backbone, teacher.backbone, float(momentum[step]))
+            ema_update(student.projector, teacher.projector, float(momentum[step]))
 
         # log, check and save, where it is due
         run.end_step(step, losses, features=z1, lr=float(lr[step]), alpha=float(alpha[step]),

@@ -19,7 +19,8 @@ at first. There every projection that the step has made anyway becomes a target:
     S^ <- m S^ + (1 - m) S,  T^ <- m T^ + (1 - m) T            Eq. 2, once a step; m rises to 1
 
 What each loss moves: L_S the backbone, projector and predictors of S; L_T those of T. Targets carry
-no gradient (sg), and offline T and T^ never change. S is kept: backbone.pth is its backbone.
+no gradient (sg), and offline T and T^ never change. S is kept: backbone.pth is its backbone. There
+are no negatives. Memory grows with B: S and a T that learns keep the activations of both views.
 
 Symbols: B images of this process, M of the global batch, D width of a backbone, K = 256 outputs of
 a projector, m momentum.
@@ -144,19 +145,13 @@ class Encoder(nn.Module):
     def forward(self, *views: Tensor) -> list[Tensor]:
         return [self.projector(self.backbone(x)) for x in views]  # V of (B, D) -> V of (B, K)
 
-    def update(self, learner: "Learner", momentum: float) -> None:
-        ema_update(learner.backbone, self.backbone, momentum)  # Eq. 2
-        ema_update(learner.projector, self.projector, momentum)
-
 
 class Learner(Encoder):
-    """S, and T while it learns: an encoder with a predictor for each target, all of them on one
-    forward pass."""
+    """S, and T while it learns: an encoder with a predictor for each target."""
 
-    def __init__(self, backbone: nn.Module, targets: list[str], hidden: int, out_dim: int = 256):
-        super().__init__(backbone, mlp(backbone.embed_dim, hidden, out_dim))
-        predictors = {target: mlp(out_dim, hidden, out_dim) for target in targets}
-        self.predictors = nn.ModuleDict(predictors)
+    def __init__(self, backbone: nn.Module, targets: list[str], hidden: int):
+        super().__init__(backbone, mlp(backbone.embed_dim, hidden))
+        self.predictors = nn.ModuleDict({target: mlp(256, hidden) for target in targets})
 
     def forward(self, *views: Tensor) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """-> for each view its projection (B, K), and its predictions (B, K) by target."""
@@ -165,13 +160,6 @@ class Learner(Encoder):
         for projection in z:
             p.append({name: predict(projection) for name, predict in self.predictors.items()})
         return z, p
-
-
-def frozen_copy(encoder: Encoder) -> Encoder:
-    """S^ of S, T^ of T: storage of its own, no gradient. It stays in training mode: its BatchNorm
-    uses the batch's statistics and keeps running ones of its own."""
-    backbone = copy.deepcopy(encoder.backbone)
-    return Encoder(backbone, copy.deepcopy(encoder.projector)).requires_grad_(False)
 
 
 def load_teacher(path: str) -> tuple[dict[str, Encoder], dict]:
@@ -187,33 +175,34 @@ def load_teacher(path: str) -> tuple[dict[str, Encoder], dict]:
         backbone = create_backbone(**options)
         projector = mlp(backbone.embed_dim, checkpoint["args"]["hidden"])
         networks[name] = Encoder(backbone, projector).eval().requires_grad_(False)
-        load_weights(networks[name], checkpoint[name], path)  # which leaves the predictors out
+        load_weights(networks[name], checkpoint[name], path)  # its predictors are left out
     return networks, options
 
 
 def build(args) -> tuple[dict[str, Encoder], dict]:
     """-> the networks of this stage by name, and what a reader of the checkpoint must know."""
-    asks_teacher = any(TARGETS[target][0].startswith("teacher") for target in args.targets)
-    if args.stage == "offline" and not asks_teacher:
-        raise InputError("--stage offline with no target of the teacher is the student alone: use "
-                         "--stage online")
-    learners = {}  # name: what is particular to its backbone, and its targets
-    if args.stage != "teacher":
-        student_options = dict(arch=args.arch, depth=args.depth or None)
-        learners["student"] = (student_options, args.targets)
-    if args.stage == "teacher" or (args.stage == "online" and asks_teacher):
-        learners["teacher"] = (dict(arch=args.teacher_arch), TEACHER_TARGETS)
-    network = "teacher" if args.stage == "teacher" else "student"  # the one that is kept
-    meta = dict(method="simdis", network=network, mean=MEAN, std=STD)
+    learn = {"teacher": ["teacher"], "offline": ["student"], "online": ["student", "teacher"]}
+    names = learn[args.stage]
+    if not any(TARGETS[target][0].startswith("teacher") for target in args.targets):
+        if args.stage == "offline":
+            raise InputError("--stage offline with no target of the teacher is the student alone: "
+                             "use --stage online")
+        names = ["student"]
     sizes = dict(img_size=args.img_size, patch_size=args.patch_size, pos_embed="sincos")
+    options = {"student": dict(sizes, arch=args.arch, depth=args.depth or None),
+               "teacher": dict(sizes, arch=args.teacher_arch)}
+    targets = {"student": args.targets, "teacher": TEACHER_TARGETS}
+    meta = dict(method="simdis", network=names[0], mean=MEAN, std=STD)  # the one that is kept
     networks = {}
-    for name, (options, targets) in learners.items():
-        meta[name] = {**sizes, **options}
-        backbone = create_backbone(**meta[name])
-        if args.init and name == network:
+    for name in names:
+        meta[name] = options[name]
+        backbone = create_backbone(**options[name])
+        if args.init and name == names[0]:
             start_from(backbone, args.init)
-        networks[name] = Learner(backbone, targets, args.hidden)
-        networks[f"{name}_momentum"] = frozen_copy(networks[name])
+        learner = Learner(backbone, targets[name], args.hidden)
+        # in training mode as S: BatchNorm of the batch, with running statistics of its own
+        follower = copy.deepcopy(Encoder(backbone, learner.projector)).requires_grad_(False)
+        networks |= {name: learner, f"{name}_momentum": follower}
     if args.stage == "offline":
         frozen, meta["teacher"] = load_teacher(args.teacher)
         networks |= frozen
@@ -221,7 +210,7 @@ def build(args) -> tuple[dict[str, Encoder], dict]:
         for module in nn.ModuleDict(networks).modules():
             if isinstance(module, BatchNorm):
                 module.across_processes = False
-    meta["backbone"] = meta[network]
+    meta["backbone"] = meta[names[0]]
     return networks, meta
 
 
@@ -309,7 +298,7 @@ def train(args) -> None:
     peak_lr = args.lr * M / 256
     lr = cosine_schedule(peak_lr, 0.0, run.total, int(args.warmup_epochs * run.steps_per_epoch))
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
-    chance = 4.0  # of each target: two views at right angles to what they predict
+    chance = 4.0  # of each target: 2 for each view, where prediction and target are orthogonal
     log(f"{args.stage}, {args.optimizer}: {run.total} steps of {M} images, lr {args.lr:.1e} * {M} "
         f"/ 256 = {peak_lr:.1e}, chance level of each loss {chance:.0f}")
 
@@ -330,13 +319,11 @@ def train(args) -> None:
 
         # losses
         losses = {}
-        loss = 0.0
         for name in models:
             terms = target_losses(p[name], z)  # Eq. 1 for each target
-            for target, term in terms.items():
-                losses[f"loss_{name}_{target}"] = term
-            losses[f"loss_{name}"] = sum(terms.values()) / len(terms)
-            loss = loss + losses[f"loss_{name}"]
+            losses |= {f"loss_{name}_{target}": term for target, term in terms.items()}
+            losses[f"loss_{name}"] = sum(terms.values()) / len(terms)  # L_S or L_T
+        loss = sum(losses[f"loss_{name}"] for name in models)
         losses["loss"] = loss
 
         # backward and step
@@ -346,8 +333,10 @@ def train(args) -> None:
         scaler.update()
 
         # EMA, once a step, after the learners moved
-        for name, learner in learners.items():
-            networks[f"{name}_momentum"].update(learner, float(momentum[step]))  # Eq. 2
+        for name, learner in learners.items():  # Eq. 2
+            follower = networks[f"{name}_momentum"]
+            ema_update(learner.backbone, follower.backbone, float(momentum[step]))
+            ema_update(learner.projector, follower.projector, float(momentum[step]))
 
         # log, check and save, where it is due
         run.end_step(step, losses, features=z[meta["network"]][0], lr=float(lr[step]),
@@ -380,41 +369,34 @@ def parse_arguments(argv=None):
 
 @torch.no_grad()
 def multiply_adds(network: nn.Module, *shape: int) -> float:
-    """Of one input of this shape: Table 1's FLOPs. Counted on shapes, nothing is computed."""
+    """Of one input of this shape: Table 1's FLOPs. On the meta device, so nothing is computed."""
     network = copy.deepcopy(network).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, *shape, device="meta"))
     return counter.get_total_flops() / 2
 
 
-def table1_flops(networks: dict[str, Encoder], img_size: int) -> dict[str, float]:
-    """Table 1's count for one image: a forward pass of T (twice where it was trained before) and of
-    S, and S's predictors."""
+def log_networks(networks: dict[str, Encoder], meta: dict, img_size: int) -> dict[str, float]:
+    """Logs what learns and Table 1's multiply-adds of one image: T's forward pass (twice where it
+    was trained before), S's, and S's predictors."""
     flops = {}
     for name in ("teacher", "student"):
         if name in networks:
-            encoder = Encoder(networks[name].backbone, networks[name].projector)
-            flops[name] = multiply_adds(encoder, 3, img_size, img_size)
-            if name == "teacher" and not isinstance(networks[name], Learner):
-                flops[name] *= 2
+            network = networks[name]
+            learns = isinstance(network, Learner)
+            encoder = Encoder(network.backbone, network.projector)
+            count = multiply_adds(encoder, 3, img_size, img_size)
+            flops[name] = count if learns else 2 * count
+            parameters = sum(p.numel() for p in network.backbone.parameters()) / 1e6
+            doing = f"learns {' '.join(network.predictors)}" if learns else "is frozen"
+            log(f"{name}: {meta[name]['arch']}, {parameters:.1f} M parameters in the backbone, "
+                f"{doing}")
     if "student" in networks:
         predictors = networks["student"].predictors.values()
         flops["predictors"] = sum(multiply_adds(q, q[0].in_features) for q in predictors)
-    return flops
-
-
-def log_networks(networks: dict[str, Encoder], meta: dict, img_size: int) -> None:
-    for name in ("teacher", "student"):
-        if name in networks:
-            doing = "is frozen"
-            if isinstance(networks[name], Learner):
-                doing = f"learns {' '.join(networks[name].predictors)}"
-            parameters = sum(p.numel() for p in networks[name].backbone.parameters()) / 1e6
-            log(f"{name}: {meta[name]['arch']}, {parameters:.1f} M parameters in the backbone, "
-                f"{doing}")
-    flops = table1_flops(networks, img_size)
     counts = [f"{name} {count / 1e6:,.1f} M" for name, count in flops.items()]
     log(f"multiply-adds of an image, as in Table 1: {' + '.join(counts)}")
+    return flops
 
 
 if __name__ == "__main__":

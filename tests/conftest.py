@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to other processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
 import pytest
 import torch

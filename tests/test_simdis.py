@@ -242,7 +242,7 @@ def test_only_what_a_target_needs_is_computed(stage, targets, expected, teacher_
                 assert output.requires_grad == isinstance(networks[name], simdis.Learner), name
 
             network.backbone.register_forward_hook(count)
-        monkeypatch.setattr(simdis, "table1_flops", lambda *_: {})
+        monkeypatch.setattr(simdis, "log_networks", lambda *_: {})
         return networks, meta
 
     monkeypatch.setattr(simdis, "build", watched)
@@ -625,11 +625,12 @@ def test_flops_are_those_of_table_1():
     with torch.device("meta"):
         for name, arch, targets in (("teacher", "resnet50", ["T^-v'"]), ("student", "resnet18", list(simdis.TARGETS))):
             pair[name] = simdis.Learner(common.create_backbone(arch, 224), targets, 4096)
-    flops = simdis.table1_flops(pair, 224)
+    meta = {"teacher": {"arch": "resnet50"}, "student": {"arch": "resnet18"}}
+    flops = simdis.log_networks(pair, meta, 224)
     assert flops["teacher"] == pytest.approx(4.1e9, rel=0.01) and flops["student"] == pytest.approx(1.8e9, rel=0.02)
     assert flops["predictors"] == 7 * 2 * 256 * 4096 and 6 / 7 * flops["predictors"] == pytest.approx(12e6, rel=0.05)
-    pair["teacher"] = simdis.frozen_copy(pair["teacher"])
-    assert simdis.table1_flops(pair, 224)["teacher"] == 2 * flops["teacher"]  # 8.2 G: it was trained before
+    pair["teacher"] = simdis.Encoder(pair["teacher"].backbone, pair["teacher"].projector)
+    assert simdis.log_networks(pair, meta, 224)["teacher"] == 2 * flops["teacher"]  # 8.2 G: it was trained before
 
 
 def test_flops_of_a_vit():
