@@ -891,7 +891,7 @@ class VisionTransformer(nn.Module):
 
     def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
         """Positions (1, T, D) of a file, for the grid of this model instead of a square one."""
-        grid = position_grid({"pos_embed": positions})
+        grid = position_grid(positions)
         if grid is None:
             return positions  # of no square grid: loading them says so
         return resize_positions(positions, grid, self.grid, as_dino)
@@ -1348,9 +1348,8 @@ def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = Fal
                          f"--arch, --patch_size and --img_size") from None
 
 
-def position_grid(weights: dict) -> tuple[int, int] | None:
-    """The square grid of patches that a file's positions (1, T, D) were made for."""
-    positions = weights.get("pos_embed")
+def position_grid(positions) -> tuple[int, int] | None:
+    """The square grid of patches that a file's positions (1, T, D), if it has any, are made for."""
     if not isinstance(positions, Tensor) or positions.ndim != 3:
         return None
     side = math.isqrt(positions.shape[1] - 1)
@@ -1360,7 +1359,7 @@ def position_grid(weights: dict) -> tuple[int, int] | None:
 def is_moco_small(weights: dict, content: dict) -> bool:
     """Whether this is MoCo v3's ViT-S, which has 12 heads where all others have 6. Shapes do not
     tell, but the names in its own files do, and its positions: sines with x and y exchanged."""
-    grid = position_grid(weights)
+    grid = position_grid(weights.get("pos_embed"))
     if grid is None or weights["pos_embed"].shape[2] != 384:
         return False
     exchanged = sincos_positions(384, grid).roll(192, 2)
@@ -1403,7 +1402,7 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
         options = dict(arch=arch, patch_size=patch_size or 16, img_size=img_size)
         if arch in VITS:
             # the grid that the positions were trained on; other sizes are met in the forward pass
-            grid = position_grid(weights)
+            grid = position_grid(weights.get("pos_embed"))
             options["img_size"] = grid[0] * options["patch_size"] if grid else img_size or 224
             options["num_heads"] = num_heads or (12 if is_moco_small(weights, content) else None)
         elif arch in RESNETS:

@@ -144,7 +144,7 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
     same = torch.cat([rows, M + rows])  # (2B,): where a query's own view is ...
     other = torch.cat([M + rows, rows])  # ... and the other view of its image
     q = torch.cat([q1, q2], 1)  # (L, 2B, K)
-    losses = {"loss_ssl": contrastive_loss(q[-1], z, other, tau, same)}
+    losses = {"loss_ssl": contrastive_loss(q[-1], z, other, tau, same)}  # Eq. 2
     if len(q) > 1:
         losses["loss_isd"] = contrastive_loss(q[:-1], z.detach(), other, tau, same)  # Eqs. 3, 4
     return losses
@@ -155,7 +155,7 @@ def byol_losses(q1, q2, z1, z2, p1=None, p2=None, ssl=regression_loss) -> dict[s
     without gradient. ssl: the loss of queries (..., B, K) and targets; MoCo v3 has another."""
     z1 = z1.detach()
     z2 = z2.detach()
-    losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}
+    losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}  # Eq. 1 or 2
     if len(q1) > 1:
         losses["loss_isd"] = ssl(q1[:-1], z2) + ssl(q2[:-1], z1)  # Eq. 3: mean over rows and layers
         L = len(p1)

@@ -377,8 +377,8 @@ def multiply_adds(network: nn.Module, *shape: int) -> float:
 
 
 def log_networks(networks: dict[str, Encoder], meta: dict, img_size: int) -> dict[str, float]:
-    """Logs what learns and Table 1's multiply-adds of one image: T's forward pass (twice where it
-    was trained before), S's, and S's predictors."""
+    """Logs what learns and, as Table 1 counts them, the multiply-adds of one image -> these counts:
+    T's forward pass (twice where it was trained before), S's, and S's predictors."""
     flops = {}
     for name in ("teacher", "student"):
         if name in networks:
