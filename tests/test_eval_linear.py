@@ -541,6 +541,7 @@ def test_two_processes_are_one(checkpoints, evaluate, in_processes, monkeypatch,
             for name, arguments in RUNS.items()}
     write_folder(tmp_path / "data", (20, 20))
     resnet = ["--checkpoint", str(checkpoints["resnet"]), "--data", str(tmp_path / "data")]
+    runs["resnet"] = [*resnet, *RUNS["probe"], "--epochs", 1, "--batch_size", 12]
     runs["resnet, all"] = [*resnet, "--finetune", "all", "--batch_size", 14, "--max_steps", 1]
     parts = in_processes(2, in_one_group, runs, str(tmp_path / "two"))
     mixed = in_one_group(0, runs, tmp_path / "one")

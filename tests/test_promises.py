@@ -187,7 +187,7 @@ def assert_same_run(one, two):
 
 
 @first_script
-def test_torchrun_gives_the_same_trace(script, teachers, tmp_path, monkeypatch):
+def test_two_processes_log_the_same_trace(script, teachers, tmp_path, monkeypatch):
     """P1: the losses and k-NN that two processes log are those of one."""
     monkeypatch.setattr(script.module, "knn_accuracy", common.knn_accuracy)
     train(script, teachers, tmp_path / "1", "--max_steps", 3)

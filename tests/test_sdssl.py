@@ -281,7 +281,7 @@ def step_gradients(number, framework, sd, arch):
     return {"loss": common.mean_over_processes(loss), "gradients": gradients, "statistics": statistics}
 
 
-CASES = [(*method, "vit_nano") for method in METHODS] + [("mocov3", True, "resnet18")]
+CASES = [(*method, "vit_nano") for method in METHODS] + [("mocov3", True, "resnet18"), ("simclr", True, "resnet18")]
 
 
 def every_gradient(number):

@@ -423,7 +423,7 @@ def test_world_size_does_not_matter(in_processes, teacher_file):
     ResNets, whose BatchNorm2d amplifies rounding, are compared in fp64, closer. Last, Sec. 4.3's BatchNorm: one process is as
     before; two have statistics of their own, so their losses differ, and DDP still gives both the same gradient.
     """
-    resnets = ["--arch", "resnet18", "--teacher_arch", "vit_nano", "--img_size", "8"]
+    resnets = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", "8"]
     cases = [(stage_flags(stage, teacher_file), torch.float32) for stage in ("online", "offline", "teacher")]
     cases += [(resnets, torch.float64), (["--no-sync_bn"], torch.float32)]
     alone = steps_gradients(0, cases)
