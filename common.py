@@ -1419,10 +1419,16 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
             f"was otherwise (timm's augreg: 0.5), give timm's name: --arch timm/NAME")
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
-    if meta["img_size"] % backbone.patch_size:
-        side = meta["img_size"]
+    side = meta["img_size"]
+    if side % backbone.patch_size:
         raise InputError(f"images of {side} x {side} are not a multiple of patch size "
                          f"{backbone.patch_size}: change --img_size")
+    source = "random weights, for want of --checkpoint"
+    if checkpoint:
+        source = f"{network or meta.get('network', 'weights')} of {checkpoint}"
+    elif options["arch"].startswith("timm/"):
+        source = "timm's pretrained weights"
+    log(f"{options['arch']} of {side} pixels: {source}")
     return backbone.eval().requires_grad_(False), meta
 
 

@@ -154,14 +154,13 @@ def knn_rows(train: dict, test: dict, args, device) -> list[dict]:
     if args.layers == "last":
         layers = [layers]
         test_layers = [test_layers]
-    ks = list(dict.fromkeys(min(k, len(labels)) for k in args.k))  # each once
     log(f"k-NN of {len(test_labels)} test among {len(labels)} training images, {C} classes, "
         f"T = {args.temperature}")
     rows = []
     for layer, (bank, queries) in enumerate(zip(layers, test_layers, strict=True), 1):
         bank = bank[known].to(device)  # (n, D)
         queries = queries[asked].to(device)
-        for k in ks:
+        for k in args.k:
             top1, top5 = top1_top5(bank, labels, queries, test_labels, k, args.temperature, C,
                                    args.chunk)
             rows.append({"layer": layer, "setup": str(k), "top-1": top1, "top-5": top5})
@@ -194,8 +193,8 @@ class Photographs(Dataset):
     """Images, or a box of each, as uint8 (3, H, W), resized bicubically to multiples of `patch`.
 
     fit: what becomes `size` pixels: "square" both sides, "long" the longer side unless it is
-    shorter already, "short" the shorter one. A box (left, top, right, bottom) keeps the scale of
-    its image.
+    shorter already, "short" the shorter one. A box (left, top, right, bottom), in whole pixels,
+    keeps the scale of its image.
     """
 
     def __init__(self, paths: list, fit: str, size: int, patch: int, boxes: list | None = None):
@@ -215,7 +214,7 @@ class Photographs(Dataset):
         if self.fit == "long":
             scale = min(1.0, self.size / max(H, W))
         if self.boxes:
-            left, top, right, bottom = (round(edge) for edge in self.boxes[i])
+            left, top, right, bottom = self.boxes[i]
             image = image[:, max(top, 0) : bottom, max(left, 0) : right]
             if not image.numel():
                 raise InputError(f"the box {self.boxes[i]} of query {self.paths[i]} lies outside "
@@ -248,19 +247,10 @@ def gem(patches: Tensor, p: float = 4.0, eps: float = 1e-6) -> Tensor:
     return patches.float().clamp(min=eps).pow(p).mean((1, 2)).pow(1 / p)
 
 
-def features_of(backbone, x: Tensor, args) -> list[Tensor]:
-    """Images (B, 3, H, W) -> features (B, D), of copies (B, 2 * D), of all layers or the last."""
-    if args.task == "copy":
-        tokens = backbone.tokens(x, layers_of(backbone, args))
-        return [torch.cat([cls, gem(patches)], 1) for cls, patches in tokens]
-    if args.layers == "all":
-        return backbone(x, layers=True)
-    return [backbone(x)]
-
-
 def describe(backbone, x: Tensor, args) -> list[Tensor]:
-    """`features_of` images, averaged over the scales."""
-    sums = None
+    """Images (B, 3, H, W) -> features (B, D), of copies (B, 2 * D), of all layers or the last,
+    averaged over the scales."""
+    of_scales = []
     for scale in args.scales:
         y = x
         if scale != 1:
@@ -268,13 +258,15 @@ def describe(backbone, x: Tensor, args) -> list[Tensor]:
                     for length in x.shape[-2:]]
             y = F.interpolate(x, size, mode="bilinear")
         with autocast(x.device, args.dtype):
-            features = features_of(backbone, y, args)
-        features = [f.float() for f in features]
-        if sums is None:
-            sums = features
-        else:
-            sums = [total + f for total, f in zip(sums, features, strict=True)]
-    return [total / len(args.scales) for total in sums]
+            if args.task == "copy":
+                tokens = backbone.tokens(y, layers_of(backbone, args))
+                features = [torch.cat([cls, gem(patches)], 1) for cls, patches in tokens]
+            elif args.layers == "all":
+                features = backbone(y, layers=True)
+            else:
+                features = [backbone(y)]
+        of_scales.append(features)
+    return [torch.stack(scales).float().mean(0) for scales in zip(*of_scales, strict=True)]
 
 
 def descriptors(backbone, photographs: Photographs, name: str, meta: dict, device,
@@ -311,20 +303,12 @@ def retrieval(data: str, backbone, meta: dict, device, args) -> list[dict]:
     if len(files) != 1:
         raise InputError(f"{data} has {len(files) or 'no'} gnd_*.pkl: give the folder of revisited "
                          f"Oxford or Paris")
-    content = read_ground_truth(files[0])
-    queries = [str(Path(data) / "jpg" / f"{name}.jpg") for name in content["qimlist"]]
-    images = [str(Path(data) / "jpg" / f"{name}.jpg") for name in content["imlist"]]
+    queries, boxes, truths, images = read_ground_truth(files[0])
+    queries = [f"{data}/jpg/{name}.jpg" for name in queries]
+    images = [f"{data}/jpg/{name}.jpg" for name in images]
     for path in queries + images:
         if not Path(path).is_file():
             raise InputError(f"no image {path}, which {files[0].name} names")
-    truths = []
-    boxes = []
-    for truth in content["gnd"]:
-        easy = list(truth["easy"])
-        hard = list(truth["hard"])
-        junk = list(truth["junk"])
-        truths.append({"Medium": (easy + hard, junk), "Hard": (hard, easy + junk)})
-        boxes.append(list(truth["bbx"]))
     options = ("long", args.img_size, backbone.patch_size)
     return search(data, Photographs(queries, *options, boxes), Photographs(images, *options),
                   truths, backbone, meta, device, args)
@@ -333,11 +317,8 @@ def retrieval(data: str, backbone, meta: dict, device, args) -> list[dict]:
 def copy_detection(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """Copydays: DIR/original and DIR/strong. The first four characters of a name say which
     original a copy is of."""
-    originals = find_images(Path(data) / "original")
-    copies = find_images(Path(data) / "strong")
-    if not originals or not copies:
-        missing = "strong" if originals else "original"
-        raise InputError(f"no images under {data}/{missing}: Copydays has original/ and strong/")
+    originals = images_below(f"{data}/original")
+    copies = images_below(f"{data}/strong")
     places = {Path(path).name[:4]: i for i, path in enumerate(originals)}
     if len(places) < len(originals):
         raise InputError(f"{data}/original: several names begin with the same four characters, "
@@ -362,8 +343,8 @@ def search(data: str, queries: Photographs, database: Photographs, truths: list[
     """
     if not any(positives for truth in truths for positives, _ in truth.values()):
         raise InputError(f"{data}: no query has a positive image")
-    distractors = images_below(args.distractors, "--distractors")
-    others = images_below(args.whitening, "--whitening")
+    distractors = images_below(args.distractors)
+    others = images_below(args.whitening)
     options = (database.fit, database.size, database.patch)
     learnt = f"whitening learnt on {len(others)} images" if others else "no whitening"
     log(f"{data}: {len(queries)} queries among {len(database)} images and {len(distractors)} "
@@ -396,13 +377,11 @@ def search(data: str, queries: Photographs, database: Photographs, truths: list[
     return rows
 
 
-def images_below(folder: str | None, flag: str) -> list[str]:
-    """The images of a folder that a flag names, none where it was not given."""
-    if not folder:
-        return []
-    images = find_images(Path(folder))
-    if not images:
-        raise InputError(f"no images under {flag} {folder}")
+def images_below(folder: str | None) -> list[str]:
+    """The images of a folder, which must have some; none of no folder."""
+    images = find_images(folder) if folder else []
+    if folder and not images:
+        raise InputError(f"no images under {folder}")
     return images
 
 
@@ -635,13 +614,9 @@ def print_side_by_side(rows: list[dict]) -> None:
     names = [Path(column).name or column for column in columns]
     log(f"\n{metric} in per cent\n{'':>13} " + " ".join(f"{name:>10}" for name in [*names, "mean"]))
     for (layer, name), values in lines.items():
-        # a value is missing where k was cut to a smaller training set
-        cells = [f"{values[column]:10.2f}" if column in values else f"{'-':>10}"
-                 for column in columns]
-        mean = f"{'-':>10}"
-        if len(values) == len(columns):
-            mean = f"{sum(values.values()) / len(columns):10.2f}"
-        log(f"{layer:>6} {name:>6} " + " ".join([*cells, mean]))
+        values = [values[column] for column in columns]
+        values.append(np.mean(values))
+        log(f"{layer:>6} {name:>6} " + " ".join(f"{value:10.2f}" for value in values))
 
 
 def save_results(rows: list[dict], args) -> None:
@@ -732,12 +707,8 @@ def complete(args) -> None:
 def prepare_output(args) -> None:
     """Refuses to replace files, and what cannot be compared, before the work."""
     if args.features is not None:
-        path = Path(args.features)
-        if path.is_dir():
-            raise InputError(f"--features {path} is a directory: name a file, such as "
-                             f"{path}/features.pth")
-        refuse_to_replace([path], args.overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_to_replace([args.features], args.overwrite)
+        Path(args.features).parent.mkdir(parents=True, exist_ok=True)
     if args.compare and not (args.output_dir and args.layers == "all"):
         raise InputError("--compare draws layers: it needs --layers all and --output_dir")
     for folder in args.compare or ():
@@ -767,8 +738,7 @@ def main() -> None:
                          f"does knn and retrieval")
     if args.img_size is None:
         args.img_size = meta["img_size"]
-    log(f"{arch} with {source_of(args, arch, meta)}, at {args.img_size} pixels; on {device.type} "
-        f"in {args.dtype}, {world_size()} process(es)")
+    log(f"on {device.type} in {args.dtype}, {world_size()} process(es)")
     settings = [f"{name} {getattr(args, name)}" for name in (*TASKS[args.task], "layers", "chunk")]
     log(f"task {args.task}: {', '.join(settings)}")
 
@@ -789,16 +759,6 @@ def main() -> None:
         print_side_by_side(rows)
     if args.output_dir and rows and rank() == 0:
         save_results(rows, args)
-
-
-def source_of(args, arch: str, meta: dict) -> str:
-    """Where the weights are from, in words."""
-    if args.checkpoint:
-        network = args.network or meta.get("network")
-        return f"{args.checkpoint} ({network})" if network else args.checkpoint
-    if arch.startswith("timm/"):
-        return "timm's pretrained weights"
-    return "random weights, for want of --checkpoint"
 
 
 # ---------------------------------------------------------------------- files of the benchmarks
@@ -860,40 +820,29 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_ground_truth(path: Path) -> dict:
-    """A revisited Oxford or Paris file: imlist, qimlist, and for each query of gnd its bbx, easy,
-    hard and junk."""
+def read_ground_truth(path: Path) -> tuple[list, list, list, list]:
+    """A revisited Oxford or Paris file -> the queries' names, boxes and truths (as `search` takes
+    them) and the names of the database's images."""
+    boxes = []
+    truths = []
     try:
         with open(path, "rb") as file:
             content = PlainUnpickler(file, encoding="latin1").load()
+        images = content["imlist"]
+        for truth in content["gnd"]:
+            easy, hard, junk = (list(truth[kind]) for kind in ("easy", "hard", "junk"))
+            if not set(easy + hard + junk) <= set(range(len(images))):
+                raise ValueError("a place outside of imlist")
+            left, top, right, bottom = (round(edge) for edge in truth["bbx"])
+            boxes.append((left, top, right, bottom))
+            truths.append({"Medium": (easy + hard, junk), "Hard": (hard, easy + junk)})
+        queries = [name for name, _ in zip(content["qimlist"], truths, strict=True)]
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path} is refused: a ground truth holds plain containers and NumPy "
-                         f"arrays only ({reason})") from None
-    try:
-        sound = is_ground_truth(content["imlist"], content["qimlist"], content["gnd"])
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise InputError(f"{path} is no ground truth: it needs imlist and qimlist, names of images "
-                         f"and not empty, and gnd, for each query its bbx (4 numbers) and easy, "
-                         f"hard and junk (places in imlist)")
-    return content
-
-
-def is_ground_truth(images: list, queries: list, gnd: list) -> bool:
-    if not images or not queries or len(queries) != len(gnd):
-        return False
-    for name in [*images, *queries]:
-        if Path(name).name != name:  # a path may lead out of the folder
-            return False
-    for truth in gnd:
-        if len(truth["bbx"]) != 4 or not all(math.isfinite(edge) for edge in truth["bbx"]):
-            return False
-        for place in [*truth["easy"], *truth["hard"], *truth["junk"]]:
-            if place not in range(len(images)):
-                return False
-    return True
+        raise InputError(f"{path} is no ground truth: plain containers and NumPy arrays with "
+                         f"imlist, qimlist and, for each query of gnd, bbx, easy, hard and junk "
+                         f"({reason})") from None
+    return queries, boxes, truths, images
 
 
 def read_davis(folder: Path, split: str) -> list[tuple[str, list, list]]:
@@ -923,14 +872,11 @@ def read_mask(path, frame) -> np.ndarray:
     """(H, W) uint8: 0 background, 1 ... objects, 255 void."""
     try:
         with Image.open(path) as image, Image.open(frame) as photograph:
-            fits = image.mode in ("P", "L") and image.size == photograph.size
-            mask = np.array(image)
+            if image.mode not in ("P", "L") or image.size != photograph.size:
+                raise ValueError(f"not an indexed PNG of the size of {frame}")
+            return np.array(image)
     except Exception as error:
         raise InputError(f"cannot read mask {path} ({' '.join(str(error).split())})") from None
-    if not fits:
-        raise InputError(f"{path} is no mask of {frame}: an indexed PNG of its size, with the "
-                         f"number of the object at each pixel")
-    return mask
 
 
 PALETTE = np.resize(np.array([(255, 70, 70), (70, 200, 70), (80, 120, 255), (255, 200, 40),

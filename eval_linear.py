@@ -46,7 +46,7 @@ multi_exit.png.
     chosen               the epoch, by test    the epoch, by test    the rate, by held-out images
 
 All random numbers are functions of (seed, step, place in the global batch), timm's too, whose
-generators are seeded for the call; Mixup pairs images of the global batch. So the number of
+generators are seeded for each call; Mixup pairs images of the global batch. So the number of
 processes does not matter (but for timm's own CNNs, fine-tuned: their BatchNorm is per process).
 Crops are resized bilinearly, whole images bicubically.
 
@@ -54,11 +54,9 @@ Symbols: B images of this process, M of the global batch, L layers, D width, R r
 side of an image.
 """
 import argparse
-import contextlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -271,20 +269,13 @@ def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 # -------------------------------------------------------------------------- timm's augmentations
 
 
-@contextlib.contextmanager
-def seeded(*key: int):
-    """timm draws from the global generators of Python, NumPy and PyTorch: in here these depend on
-    `key` alone."""
+def seed_globals(*key: int) -> None:
+    """timm draws from the generators of Python, NumPy and PyTorch: what comes next from these
+    depends on `key` alone."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    python = random.getstate()
-    numpy = np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class RandAugmentLoader(ViewLoader):
@@ -309,12 +300,12 @@ class RandAugmentLoader(ViewLoader):
         if crops.dtype != torch.uint8:  # of images in memory
             crops = (255 * crops).round().byte()
         for place, crop in enumerate(crops, self.rows.start):  # in the global batch
-            with seeded(self.seed, step, 1002, place):
-                try:
-                    crop.copy_(tv.pil_to_tensor(self.transform(tv.to_pil_image(crop))))
-                except ValueError as error:  # small magnitudes without -inc1: 0 bits again
-                    raise InputError(f"--randaugment {self.config} is too much for Pillow "
-                                     f"({error}): add -inc1 to it") from None
+            seed_globals(self.seed, step, 1002, place)
+            try:
+                crop.copy_(tv.pil_to_tensor(self.transform(tv.to_pil_image(crop))))
+            except ValueError as error:  # small magnitudes without -inc1: 0 bits again
+                raise InputError(f"--randaugment {self.config} is too much for Pillow ({error}): "
+                                 f"add -inc1 to it") from None
         return [(crops, u)]
 
 
@@ -330,8 +321,8 @@ def erase(x: Tensor, erasing: RandomErasing, seed: int, step: int) -> Tensor:
     """timm's random erasing of this process's images (B, 3, S, S), in place."""
     first = local_rows(len(x) * world_size()).start
     for place, image in enumerate(x, first):  # in the global batch
-        with seeded(seed, step, 1003, place):
-            erasing(image)
+        seed_globals(seed, step, 1003, place)
+        erasing(image)
     return x
 
 
@@ -343,8 +334,8 @@ def mix(x: Tensor, labels: Tensor, mixup: Mixup, seed: int, step: int) -> tuple[
     """
     x = gather(x)  # (M, 3, S, S)
     labels = gather(labels)  # (M,)
-    with seeded(seed, step, 1004):
-        x, targets = mixup(x, labels)
+    seed_globals(seed, step, 1004)
+    x, targets = mixup(x, labels)
     mine = local_rows(len(x))
     return x[mine], targets[mine]
 
@@ -399,22 +390,17 @@ def evaluate(predict, data: ImageData, meta: dict, device, args, name: str) -> T
                            meta["mean"], meta["std"])
     labels_of_batches = data.labels[mine].to(device).split(EVAL_BATCH)
     total = 0
-    with progress(total=len(data), desc=f"{name} images", unit="img", leave=False) as bar:
-        for x, labels in zip(batches, labels_of_batches, strict=True):
-            with autocast(device, args.dtype):
-                logits = predict(x).float()  # (L, B, R, C)
-            best = logits.topk(min(5, logits.shape[-1])).indices  # (L, B, R, 5)
-            hits = (best == labels[:, None, None]).float()
-            top1 = 100 * hits[..., 0]  # (L, B, R)
-            top5 = 100 * hits.sum(-1)
-            values = torch.stack([top1, top5, sample_losses(logits, labels)])  # (3, L, B, R)
-            total = total + values.sum(2)  # (3, L, R)
-            bar.update(min(len(x) * world_size(), len(data) - bar.n))
-    means = (mean_over_processes(total) * world_size() / len(data)).cpu()
-    if not means.isfinite().all():
-        log(f"stopped: the loss of the {name} images is not finite")
-        sys.exit(1)
-    return means
+    bar = progress(batches, total=len(labels_of_batches), desc=f"{name} images", leave=False)
+    for x, labels in zip(bar, labels_of_batches, strict=True):
+        with autocast(device, args.dtype):
+            logits = predict(x).float()  # (L, B, R, C)
+        best = logits.topk(min(5, logits.shape[-1])).indices  # (L, B, R, 5)
+        hits = (best == labels[:, None, None]).float()
+        top1 = 100 * hits[..., 0]  # (L, B, R)
+        top5 = 100 * hits.sum(-1)
+        values = torch.stack([top1, top5, sample_losses(logits, labels)])  # (3, L, B, R)
+        total = total + values.sum(2)  # (3, L, R)
+    return (mean_over_processes(total) * world_size() / len(data)).cpu()
 
 
 def best_rates(top1: Tensor, loss: Tensor, images: int) -> Tensor:
@@ -712,13 +698,7 @@ def evaluate_on(args) -> list[dict]:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--batch_size {args.batch_size} is odd, and Mixup and CutMix pair the "
                          f"images: make it even")
-    source = args.checkpoint
-    if source is None:
-        source = "random weights, for want of --checkpoint"
-        if arch.startswith("timm/"):
-            source = "timm's pretrained weights"
-    log(f"{arch} with {source}, at {meta['img_size']} pixels; {len(held or [])} images held out, "
-        f"{len(test)} test images")
+    log(f"{len(held or [])} images held out, {len(test)} test images")
     train = finetune if args.finetune else train_probes
     return train(args, backbone.to(device), meta, device, data, held, test)
 
@@ -745,13 +725,17 @@ def refuse_mixed_flags(args) -> None:
 # --------------------------------------------------------------------------- multi-exit curves
 
 
+def deviation(top1: Tensor) -> Tensor:
+    """Standard deviation over the runs, (runs, L) -> (L,); 0 of a single run."""
+    return top1.std(0, correction=min(len(top1) - 1, 1))
+
+
 def draw_multi_exit(curves: dict[str, Tensor], path: Path) -> None:
     """Test top-1 over the layers: for each name (runs, L), the mean with a standard deviation."""
     figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     for name, top1 in curves.items():
         layers = range(1, top1.shape[1] + 1)
-        deviation = top1.std(0) if len(top1) > 1 else None
-        axis.errorbar(layers, top1.mean(0), deviation, marker="o", capsize=3, label=name)
+        axis.errorbar(layers, top1.mean(0), deviation(top1), marker="o", capsize=3, label=name)
     axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=layers)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
@@ -780,10 +764,7 @@ def compare(folders: list[str], output_dir: Path) -> None:
             name = Path(name).name
         curves[name] = torch.tensor(group)  # (runs, L)
     for name, top1 in curves.items():
-        deviation = torch.zeros(top1.shape[1])
-        if len(top1) > 1:
-            deviation = top1.std(0)
-        pairs = zip(top1.mean(0), deviation, strict=True)
+        pairs = zip(top1.mean(0), deviation(top1), strict=True)
         cells = [f"{mean:.1f} +- {one:.1f}" for mean, one in pairs]
         log(f"{name:<20} n = {len(top1)}   " + "   ".join(cells))
     output_dir.mkdir(parents=True, exist_ok=True)

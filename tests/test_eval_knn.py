@@ -287,7 +287,7 @@ def test_network_is_chosen_on_the_command_line(network, evaluate, student, teach
     torch.save(dino(student, teacher), tmp_path / "weights.pth")
     result = evaluate("--arch", "vit_tiny", "--patch_size", 16, "--img_size", 32, "--checkpoint", tmp_path / "weights.pth",
                       "--data", small_folder, "--network", network, "--features", tmp_path / "f.pth")
-    assert f"weights.pth ({network})" in result.stdout
+    assert f"{network} of {tmp_path}/weights.pth" in result.stdout
     saved = torch.load(tmp_path / "f.pth", weights_only=True)["test"]
     x = F.interpolate(read_images(saved["paths"]), (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     x = normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -376,16 +376,16 @@ def test_digits_against_scikit_learn(ours, digits_features):
     for (_, k), accuracy in found.items():
         expected = sklearn_knn(layers[-1][0], train_labels, layers[-1][1], test_labels, k)
         assert accuracy == pytest.approx(expected, abs=0.3)  # one of the 360 test images is 0.28
-    for words in ("vit_nano", "(student)", "16 pixels", "1437 train images, 360 test images, 10 classes", "T = 0.07"):
+    for words in ("vit_nano of 16 pixels: student of ", "1437 train images, 360 test images, 10 classes", "T = 0.07"):
         assert words in result.stdout
     assert "features: " in result.stderr  # the bar
 
 
 def test_all_layers_in_one_pass(ours, digits_features, evaluate, tmp_path):
-    result = evaluate("--checkpoint", ours, "--layers", "all", "--k", 20, 5000, 9000, "--features", tmp_path / "new" / "f.pth")
+    result = evaluate("--checkpoint", ours, "--layers", "all", "--k", 20, 5000, "--features", tmp_path / "new" / "f.pth")
     assert "best: layer" in result.stdout
     found, (layers, labels) = table(result), digits_features
-    assert list(found) == [(str(layer), k) for layer in (1, 2, 3) for k in (20, 1437)]  # k is cut, and shown once
+    assert list(found) == [(str(layer), k) for layer in (1, 2, 3) for k in (20, 5000)]  # of 1437
     saved = torch.load(tmp_path / "new" / "f.pth", weights_only=True)
     assert list(saved) == ["train", "test"] and not list(tmp_path.glob("new/*.tmp"))
     for side, split in enumerate(("train", "test")):
@@ -470,7 +470,7 @@ def test_no_checkpoint_means_random_weights_and_says_so(evaluate, small_folder, 
 
 def test_image_size_overrides_the_checkpoints(evaluate, ours, small_folder, tmp_path):
     options = ["--checkpoint", ours, "--data", small_folder, "--features", tmp_path / "f.pth", "--img_size", 24]
-    assert "at 24 pixels" in evaluate(*options).stdout
+    assert "img_size 24" in evaluate(*options).stdout
     saved = torch.load(tmp_path / "f.pth", weights_only=True)["test"]
     backbone, _ = load_backbone(str(ours))
     x = F.interpolate(read_images(saved["paths"]), (24, 24), mode="bicubic", antialias=True).clamp(0, 1)
@@ -584,7 +584,7 @@ def test_missing_keys_are_named(evaluate, ours, small_folder, tmp_path):
 
 def test_features_into_a_directory(evaluate, ours, small_folder, tmp_path):
     result = evaluate("--checkpoint", ours, "--data", small_folder, "--features", tmp_path)
-    assert_one_line_error(result, "is a directory", "features.pth")
+    assert_one_line_error(result, "already exists", "--overwrite")
 
 
 # --------------------------------------------------------------------------------------------- average precision, whitening
@@ -853,8 +853,9 @@ def test_ground_truths_of_all_makers(protocol, old, array, tmp_path):
     if old and protocol < 4:
         content = content.replace(b"numpy._core", b"numpy.core")  # the module's name before NumPy 2
     (tmp_path / "gnd_x.pkl").write_bytes(content)
-    found = eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl")
-    assert found == ground_truth() and type(found["gnd"][0]["hard"][0]) is int
+    queries, boxes, truths, images = eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl")
+    assert queries == ["q"] and boxes == [(2, 2, 30, 40)] and images == ["a", "b", "c", "d"]
+    assert truths == [{"Medium": ([0, 1, 3], []), "Hard": ([1, 3], [0])}] and type(truths[0]["Hard"][0][1]) is int
 
 
 def test_ground_truth_of_python_2(tmp_path):
@@ -862,8 +863,8 @@ def test_ground_truth_of_python_2(tmp_path):
     text += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\ntcnumpy\ndtype\n(S'i8'\nI0\nI1\ntR"
     text += b"(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\ntbsS'hard'\n(lsS'junk'\n(lsas."
     (tmp_path / "gnd_x.pkl").write_bytes(text)
-    found = eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl")
-    assert found["imlist"] == ["a", "b"] and found["gnd"][0]["easy"] == [1]
+    assert eval_knn.read_ground_truth(tmp_path / "gnd_x.pkl") == (
+        ["a"], [(2, 2, 3, 4)], [{"Medium": ([1], []), "Hard": ([], [1])}], ["a", "b"])
 
 
 class Call:
@@ -910,7 +911,7 @@ def test_hostile_ground_truth_is_refused(name, evaluate, ours, tmp_path):
     for protocol in (0, 2, 5):
         (tmp_path / "gnd_roxford5k.pkl").write_bytes(pickle.dumps({**ground_truth(), "more": HOSTILE[name](mark)}, protocol))
         result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", tmp_path)
-        assert_one_line_error(result, "gnd_roxford5k.pkl is refused", "plain containers and NumPy arrays only")
+        assert_one_line_error(result, "gnd_roxford5k.pkl is no ground truth: plain containers and NumPy arrays")
         assert not mark.exists()
 
 
@@ -922,13 +923,13 @@ def changed(**values):
 
 @pytest.mark.parametrize("content", [
     b"", b"not a pickle", pickle.dumps(ground_truth())[:-9], [1, 2], {}, changed(imlist=[]), changed(qimlist=[]), changed(gnd=[]),
-    changed(gnd=5), changed(imlist=["a", "b", "c", "../d"]), changed(imlist=[1, 2, 3, 4]), changed(bbx=[1, 2, 3]),
+    changed(gnd=5), changed(imlist=4), changed(bbx=[1, 2, 3]),
     changed(bbx=[1, 2, 3, math.nan]), changed(bbx="1234"), changed(easy=[4]), changed(hard=[-1]), changed(junk=["a"]),
     changed(easy=7)])
 def test_bad_ground_truth(content, tmp_path):
     path = tmp_path / "gnd_x.pkl"
     path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-    with pytest.raises(InputError, match="gnd_x.pkl is (refused|no ground truth)"):
+    with pytest.raises(InputError, match="gnd_x.pkl is no ground truth"):
         eval_knn.read_ground_truth(path)
 
 
@@ -1147,7 +1148,7 @@ def test_several_retrieval_sets_in_one_table(oxford, ours, evaluate, tmp_path):
 
 @pytest.mark.parametrize("fit, size, box, expected", [
     ("square", 50, None, (48, 48)), ("long", 64, None, (40, 64)), ("long", 999, None, (64, 104)), ("short", 40, None, (40, 64)),
-    ("long", 52, (10.2, 10.2, 49.8, 30.1), (8, 16)), ("short", 4, None, (8, 8))])
+    ("long", 52, (10, 10, 50, 30), (8, 16)), ("short", 4, None, (8, 8))])
 def test_sizes_that_images_take(fit, size, box, expected, tmp_path):
     write_image(tmp_path / "a.png", (9, 9, 9), (66, 105))  # height, width
     photograph = eval_knn.Photographs([str(tmp_path / "a.png")], fit, size, 8, box and [box])[0]
@@ -1157,7 +1158,7 @@ def test_sizes_that_images_take(fit, size, box, expected, tmp_path):
 def test_the_box_is_cut_out(tmp_path):
     pixels = np.arange(40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    found = eval_knn.Photographs([str(tmp_path / "a.png")], "long", 60, 4, [(7.8, 4.1, 32.2, 24.0)])[0]
+    found = eval_knn.Photographs([str(tmp_path / "a.png")], "long", 60, 4, [(8, 4, 32, 24)])[0]
     assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels[4:24, 8:32])
     with pytest.raises(InputError, match="box .* of query .*a.png lies outside"):
         eval_knn.Photographs([str(tmp_path / "a.png")], "long", 60, 4, [(70, 0, 90, 10)])[0]
@@ -1281,12 +1282,11 @@ def test_several_data_sets_give_one_table(ours, evaluate, small_folder, large_fo
     heading, *rows = result.stdout.split("top-1 in per cent\n")[1].splitlines()
     assert heading.split() == [small_folder.name, large_folder.name, "mean"]
     assert [float(value) for value in rows[0].split()[2:]] == pytest.approx([*alone, sum(alone) / 2], abs=0.01)
-    assert rows[0].split()[:2] == ["last", "3"] and rows[1].split()[:2] == ["last", "9"]
+    assert rows[0].split()[:2] == ["last", "3"] and rows[1].split()[:2] == ["last", "400"]
     assert result.stdout.count("9 train images, 6 test images, 3 classes") == 2
 
 
 def test_named_data_sets_and_a_small_one(ours, evaluate, monkeypatch, small_folder):
-    """A k that one of the sets cannot have leaves its place empty, and no mean."""
     asked, real = [], load_data
 
     def load(data, path):
@@ -1297,7 +1297,9 @@ def test_named_data_sets_and_a_small_one(ours, evaluate, monkeypatch, small_fold
     result = evaluate("--checkpoint", ours, "--data", "pets", small_folder, "--data_path", "somewhere", "--k", 9, 20)
     assert asked == [("pets", "somewhere"), (str(small_folder), "somewhere")]
     rows = [row.split()[1:] for row in result.stdout.split("top-1 in per cent\n")[1].splitlines()[1:]]
-    assert [row[0] for row in rows] == ["9", "20"] and "-" not in rows[0] and rows[1][2:] == ["-", "-"]
+    assert [row[0] for row in rows] == ["9", "20"]
+    values = [[float(value) for value in row[1:]] for row in rows]
+    assert all(mean == pytest.approx((first + second) / 2, abs=0.01) for first, second, mean in values)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input of the tasks
@@ -1356,7 +1358,7 @@ def copy_of(folder, place, leave_out=()):
 
 
 def test_bad_copydays(copydays, refused, tmp_path):
-    refused("copy", copydays, "no images under --distractors .*nothing", options=["--distractors", tmp_path / "nothing"])
+    refused("copy", copydays, "no images under .*nothing", options=["--distractors", tmp_path / "nothing"])
     refused("copy", copy_of(copydays, tmp_path / "a", ["strong"]), "no images under .*a/strong")
     refused("copy", copy_of(copydays, tmp_path / "b", ["original/200300"]), "200301.jpg is a copy of nothing", "begins with 2003")
     bad, photograph = copy_of(copydays, tmp_path / "c"), (copydays / "original" / "200300.jpg").read_bytes()
@@ -1387,8 +1389,8 @@ def test_bad_davis(davis, refused, tmp_path):
     refused("video", bad, "no mask .*one/00002.png")
     first = copy_of(davis, bad) / "Annotations" / "480p" / "one" / "00000.png"
     for content, pattern in ((Image.new("P", (96, 64)), "00000.png: the first mask .* must show its objects"),
-                             (Image.new("P", (95, 64)), "00000.png is no mask of .*00000.jpg"),
-                             (Image.new("RGB", (96, 64)), "00000.png is no mask of .*00000.jpg")):
+                             (Image.new("P", (95, 64)), "00000.png .*not an indexed PNG of the size of .*00000.jpg"),
+                             (Image.new("RGB", (96, 64)), "00000.png .*not an indexed PNG of the size of .*00000.jpg")):
         content.save(first)
         refused("video", bad, pattern)
     first.write_bytes(b"nothing")
