@@ -80,7 +80,7 @@ from common import (MEAN, RECIPE_OF, RESNETS, STD, BatchNorm, ImageData, InputEr
 
 # lr is for a batch of 256: 0.2 is the paper's 0.1 at its batch of 128; constant, without decay
 SGD = dict(batch_size=128, lr=0.2, momentum=0.9, warmup_epochs=0, weight_decay=0.0,
-           pretrained=False, images=0, patch_size=4)
+           pretrained=False, patch_size=4)
 GREY = dict(  # Sec. 5.1: pixels in [-1, 1], no augmentation
     teacher_arch="ae64", arch="ae32", teacher_momentum=0.9, labels=False, metric="probe",
     mean=(0.5,) * 3, std=(0.5,) * 3, view=dict(scale=(1, 1), flip=0.0))
@@ -96,12 +96,6 @@ RECIPES = {
         **SGD | dict(pretrained=True, patch_size=16), **COLOUR, teacher_arch="resnet34",
         arch="resnet18", img_size=224, epochs=20,
         view=dict(jitter=(0.4, 0.4, 0.4, 0.0), p_jitter=1.0)),
-}
-QUICK = {  # what --quick replaces: two minutes on two CPU cores for any table
-    "digits": dict(epochs=20),
-    "mnist": dict(images=6000, epochs=4),
-    "cifar10": dict(images=2000, epochs=1, batch_size=32, img_size=16),
-    "imagenet": dict(images=500, epochs=1, batch_size=32, img_size=64, pretrained=False),
 }
 
 # --------------------------------------------------------------------------------------- losses
@@ -436,23 +430,11 @@ def labelled(data: ImageData) -> ImageData:
     return data.subset(known.nonzero()[:, 0])
 
 
-def spaced(data: ImageData, images: int) -> ImageData:
-    """So many images at most, evenly over the data set, which may be sorted by class; 0: all."""
-    n = min(images or len(data), len(data))
-    return data.subset(torch.linspace(0, len(data) - 1, n).round().long())
-
-
 def prepare(args) -> tuple[ImageData, ImageData | None, ImageData | None]:
     """Fills `args` from the recipe -> images to train with, for the k-NN monitor (held out, if
     any are, else the test images), and to test with."""
     train_data, test_data = load_data(args.data, args.data_path)
-    recipes = RECIPES
-    if args.quick:
-        recipes = {name: {**recipe, **QUICK[name]} for name, recipe in RECIPES.items()}
-    apply_recipe(args, recipes, train_data)
-    train_data = spaced(train_data, args.images)
-    if test_data:
-        test_data = spaced(test_data, args.images)
+    apply_recipe(args, RECIPES, train_data)
     order = draw(0, 0, 2001, 1, len(train_data))[0].argsort()  # the same split for every seed
     held_out = int(args.validation * len(order))
     monitor_data = test_data
@@ -562,8 +544,6 @@ def fit(args, data, teacher_file=None) -> dict:
     embed = embedder(args, meta["mean"], meta["std"])
 
     def knn():
-        if args.quick:
-            return None
         return knn_accuracy(student.backbone, train_data, monitor_data, **embed.keywords)
 
     maps = log_plan(args, embed, teacher, student, loader, test_data or train_data)
@@ -790,11 +770,9 @@ def parse_arguments(argv=None):
     add("--tau", type=at_least(1e-6), help="temperature of soft labels (lpkd 0.5, kd 4)")
     add("--momentum", type=at_least(0.0), help="of SGD (default: recipe)")
     add("--metric", choices=["probe", "head"], help="test accuracy of a probe or the classifier")
-    add("--images", type=at_least(0), help="images of a split at most; 0: all (default: recipe)")
     add = parser.add_argument_group("tables").add_argument
     add("--table", type=int, choices=list(TABLES), help="a table of the paper instead of one run")
-    add("--seeds", type=int, nargs="+", help="of a table (default: 42 43 44; with --quick 42)")
-    add("--quick", action="store_true", help="a size that ends in two minutes")
+    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of a table (default: 42 43 44)")
     parser.set_defaults(data=None)  # a table has its own
     args = parser.parse_args(argv)
     if args.data is None and not args.table:
@@ -867,8 +845,6 @@ def table(args) -> None:
         raise InputError("--table trains its own teachers: leave --teacher out")
     setup(args)
     spec = TABLES[args.table]
-    if not args.seeds:
-        args.seeds = [42] if args.quick else [42, 43, 44]
     columns = list(spec["columns"])
     if args.data is not None:
         columns = [args.data]
@@ -883,8 +859,6 @@ def table_column(args, spec: dict, column: str) -> list[dict]:
     """Trains all rows on one data set -> a line for each."""
     data_name = Path(column).name  # a folder named cifar10 is CIFAR-10
     paper, settings = spec["columns"].get(data_name, ([], {}))
-    if args.quick:
-        settings = {}
     given = {key: value for key, value in vars(args).items() if value is not None}
     changes = {**spec["settings"], **settings, **given, "data": column, "table": None,
                "seeds": None, "resume": not args.overwrite}
@@ -896,8 +870,7 @@ def table_column(args, spec: dict, column: str) -> list[dict]:
     if test_data is None or not test_data.labelled or len(train_data.classes) < 2:
         raise InputError(f"{column} has no test images with labels: a table needs train/ and val/ "
                          f"of two class folders or more")
-    suffix = "-quick" if args.quick else ""
-    place = Path(args.output_dir) / f"{data_name}{suffix}"
+    place = Path(args.output_dir) / data_name
     _, teacher_folder, _ = spec["rows"][0]
     lines = []
     for i, (name, folder, settings) in enumerate(spec["rows"]):
@@ -925,17 +898,16 @@ def table_column(args, spec: dict, column: str) -> list[dict]:
 def report_table(args, title: str, lines: list[dict]) -> None:
     """Prints the paper's numbers beside ours; writes them as JSON, and as a figure of accuracy
     against parameters."""
-    quick = ", at the size of --quick: not comparable with the paper" if args.quick else ""
-    path = Path(args.output_dir) / f"table{args.table}{'-quick' if args.quick else ''}.json"
+    path = Path(args.output_dir) / f"table{args.table}.json"
     seeds = " ".join(map(str, args.seeds))
-    log(f"\nTable {args.table}: {title}, in per cent{quick}; seeds {seeds}\n"
+    log(f"\nTable {args.table}: {title}, in per cent; seeds {seeds}\n"
         f"{'data':12}{'':38}{'parameters':>12}{'paper':>8}{'here':>8}{'std':>7}{'minutes':>9}")
     for line in lines:
         paper = "" if line["paper"] is None else f"{line['paper']:.2f}"
         std = "" if line["std"] is None else f"{line['std']:.2f}"
         log(f"{Path(line['data']).name:12}{line['name']:38}{line['parameters']:>12,}{paper:>8}"
             f"{line['mean']:>8.2f}{std:>7}{line['minutes']:>9.1f}")
-    content = dict(table=args.table, title=title, quick=args.quick, seeds=args.seeds, rows=lines)
+    content = dict(table=args.table, title=title, seeds=args.seeds, rows=lines)
     path.write_text(json.dumps(content, indent=1))
     columns = list(dict.fromkeys(line["data"] for line in lines))
     figure, axes = subplots(1, len(columns), 4.4, 4)

@@ -36,7 +36,7 @@ STEP = ["--max_steps", "1", "--num_workers", "0", "--overwrite"]
 SMALL = {
     "sdssl.py": [*STEP, "--hidden", "32", "--isd_hidden", "16"],
     "simdis.py": [*STEP, "--hidden", "32"],
-    "rrkd.py": [*STEP, "--epochs", "1", "--images", "64", "--batch_size", "8", "--no-pretrained"],
+    "rrkd.py": [*STEP, "--epochs", "1", "--batch_size", "8", "--no-pretrained"],
     "ibot_rkd.py": [*STEP, "--hidden", "32", "--out_dim", "64"],
     "d2v_kd.py": [*STEP, "--teacher_epochs", "1"],
     "eval_knn.py": [],

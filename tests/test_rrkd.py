@@ -521,7 +521,7 @@ def test_students_load_elsewhere(teachers, tmp_path):
         teacher = tmp_path / f"teacher_{arch}.pth"
         torch.save(rrkd.make_backbone("ae64", size).state_dict(), teacher)
         train(tmp_path / arch, "--arch", arch, "--img_size", size, "--teacher", teacher, "--teacher_arch", "ae64",
-              "--no-baseline", "--max_steps", 1, "--batch_size", 4, "--images", 20)
+              "--no-baseline", "--max_steps", 1, "--batch_size", 4)
         theirs.load_state_dict(torch.load(tmp_path / arch / "backbone.pth", weights_only=True), strict=True)
         ours, meta = common.load_backbone(tmp_path / arch / "checkpoint.pth")
         assert meta["backbone"]["arch"] == arch and meta["img_size"] == size
@@ -577,7 +577,7 @@ def test_pretrained_resnets_take_timm_weights(monkeypatch):
     ours = rrkd.make_backbone("resnet18", 64, pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), made[0](x), rtol=1e-4, atol=1e-5)
-    assert rrkd.RECIPES["imagenet"]["pretrained"] and not rrkd.QUICK["imagenet"]["pretrained"]
+    assert rrkd.RECIPES["imagenet"]["pretrained"]
 
 
 def test_init_starts_from_weights(teachers):
@@ -666,7 +666,7 @@ def test_recipes_follow_the_paper():
     """Sec. 5: SGD at 0.1 for a batch of 128, which is 0.2 for one of 256; epochs; no augmentation of MNIST, flips of CIFAR."""
     for name, recipe in rrkd.RECIPES.items():
         assert recipe["lr"] * recipe["batch_size"] / 256 == pytest.approx(0.1) and recipe["batch_size"] == 128
-        assert recipe.keys() == rrkd.RECIPES["mnist"].keys() and rrkd.QUICK[name].keys() <= recipe.keys()
+        assert recipe.keys() == rrkd.RECIPES["mnist"].keys()
     assert [rrkd.RECIPES[name]["epochs"] for name in ("mnist", "cifar10", "imagenet")] == [20, 50, 20]
     assert rrkd.TABLES[3]["columns"]["svhn"][1] == dict(epochs=20) and rrkd.TABLES[4]["columns"]["flowers102"][1] == dict(epochs=50)
     assert rrkd.TABLES[1]["rows"][1][2]["lr"] / 2 == pytest.approx(1e-8)
@@ -680,11 +680,11 @@ def test_split_and_normalisation(tmp_path):
     args.validation = 0.1
     train_data, held_out, test_data = rrkd.prepare(args)
     assert (len(train_data), len(held_out), len(test_data)) == (1294, 143, 360)
-    args = arguments(tmp_path, "--seed", 1, "--images", 100)
+    args = arguments(tmp_path, "--seed", 1)
     args.validation = 0.0
-    few, monitor, test = rrkd.prepare(args)
-    assert len(few) == 100 and monitor is test and len(test) == 100
-    loader = common.ViewLoader(few, [common.View(8, **args.view)], 100, 0, "cpu", mean=args.mean, std=args.std)
+    everything, monitor, test = rrkd.prepare(args)
+    assert len(everything) == 1437 and monitor is test and len(test) == 360
+    loader = common.ViewLoader(everything, [common.View(8, **args.view)], 100, 0, "cpu", mean=args.mean, std=args.std)
     (_, (x,), _), = loader.steps(0, 1)
     assert x.min() == -1 and x.max() == 1
 
@@ -712,28 +712,28 @@ def steps_done(monkeypatch):
 @pytest.mark.figures
 def test_tables_on_digits(number, tmp_path, monkeypatch, capsys):
     """Every row and seed ends in its own folder; finished runs are not repeated, and one that was cut short goes on."""
-    flags = ["--table", number, "--data", "digits", "--quick", "--batch_size", 128, "--epochs", 1]
+    flags = ["--table", number, "--data", "digits", "--seeds", 42, "--batch_size", 128, "--epochs", 1]
     monkeypatch.setitem(rrkd.MLPS, "mlp1200", (40, 40))
     done = steps_done(monkeypatch)
     rrkd.table(arguments(tmp_path, *flags))
     rows = rrkd.TABLES[number]["rows"]
     assert len(done) == 11 * len(rows)
-    content = json.loads((tmp_path / f"table{number}-quick.json").read_text())
+    content = json.loads((tmp_path / f"table{number}.json").read_text())
     assert [row["name"] for row in content["rows"]] == [name for name, _, _ in rows]
-    assert content["quick"] and content["seeds"] == [42]
+    assert content["seeds"] == [42]
     assert all(0 <= row["mean"] <= 100 and row["std"] is None and row["paper"] is None for row in content["rows"])
-    assert (tmp_path / f"table{number}-quick.png").stat().st_size > 1000
+    assert (tmp_path / f"table{number}.png").stat().st_size > 1000
     output = capsys.readouterr().out
-    assert "not comparable with the paper" in output and all(name in output for name, _, _ in rows)
+    assert all(name in output for name, _, _ in rows)
 
     done.clear()
     rrkd.table(arguments(tmp_path, *flags))
-    again = json.loads((tmp_path / f"table{number}-quick.json").read_text())
+    again = json.loads((tmp_path / f"table{number}.json").read_text())
     assert done == [] and again == content
-    shutil.rmtree(tmp_path / "digits-quick" / rows[2][1])
+    shutil.rmtree(tmp_path / "digits" / rows[2][1])
     rrkd.table(arguments(tmp_path, *flags))
     assert len(done) == 11 and {folder.parent.name for folder in done} == {rows[2][1]}
-    assert json.loads((tmp_path / f"table{number}-quick.json").read_text())["rows"][2]["values"] == content["rows"][2]["values"]
+    assert json.loads((tmp_path / f"table{number}.json").read_text())["rows"][2]["values"] == content["rows"][2]["values"]
 
 
 def test_table_over_seeds_beside_the_paper(tmp_path, monkeypatch, capsys):
@@ -759,9 +759,9 @@ def test_tables_on_class_folders(number, image_folder, tmp_path):
     """CIFAR's and transfer's tables from any class folders, with random weights; a folder's name finds the paper's numbers."""
     data = tmp_path / next(iter(rrkd.TABLES[number]["columns"]))
     data.symlink_to(image_folder)
-    flags = ["--table", number, "--quick", "--data", data, "--batch_size", 12, "--epochs", 1, "--img_size", 16]
+    flags = ["--table", number, "--no-pretrained", "--data", data, "--batch_size", 12, "--epochs", 1, "--img_size", 16, "--seeds", 42]
     rrkd.table(arguments(tmp_path / "runs", *flags))
-    content = json.loads((tmp_path / "runs" / f"table{number}-quick.json").read_text())
+    content = json.loads((tmp_path / "runs" / f"table{number}.json").read_text())
     names = ["teacher", "SPKD", "LPKD", "RRKD", "no distillation", "KD (Hinton)", "feature regression"]
     assert [row["name"] for row in content["rows"]] == names
     assert content["rows"][3]["paper"] == {3: 86.21, 4: 76.79}[number] and content["rows"][4]["paper"] is None
@@ -770,7 +770,7 @@ def test_tables_on_class_folders(number, image_folder, tmp_path):
 
 
 def test_settings_of_the_tables():
-    """Flags override a table's settings, and they override the recipe's; a column has its own epochs, but not with --quick."""
+    """Flags override a table's settings, and they override the recipe's; a column has its own epochs."""
     assert all(row[2]["loss"] == "none" for number in rrkd.TABLES for row in rrkd.TABLES[number]["rows"][:1])
     for number, spec in rrkd.TABLES.items():
         assert all(len(paper) <= len(spec["rows"]) for paper, _ in spec["columns"].values())
