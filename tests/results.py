@@ -59,7 +59,7 @@ TABLES = {
     "rrkd": Table(
         "rrkd.py", "--recipe cifar10 --labels --no-baseline --img_size 16 --knn_every 0 "
         "--num_workers 0",
-        {"teacher": "--loss none --arch resnet18 --momentum 0 --epochs 4",
+        {"teacher": "--loss none --arch resnet9_half --epochs 6",
          "no distillation": "--loss none --arch resnet9_half --epochs 2",
          "SPKD": "--loss spkd --arch resnet9_half --epochs 2 --teacher {teacher}",
          "LPKD": "--loss lpkd --arch resnet9_half --epochs 2 --teacher {teacher}",

@@ -377,6 +377,9 @@ def test_rates_come_with_the_optimizer(tmp_path):
 # ---------------------------------------------------------------------------------------------- P1: several processes
 
 
+common.RESNETS["resnet10"] = ("BasicBlock", [1, 1, 1, 1])  # fp64 takes its time
+
+
 def steps_gradients(number, cases):
     return [step_gradients(flags, dtype) for flags, dtype in cases]
 
@@ -387,7 +390,7 @@ def step_gradients(flags, dtype):
     for network in networks.values():
         network.to(dtype)
     data, _ = common.load_data("digits")
-    (_, views, _), = common.ViewLoader(data, common.byol_views(8 if "resnet18" in flags else 16, blur=False), 16, 0, "cpu").steps(3, 4)
+    (_, views, _), = common.ViewLoader(data, common.byol_views(8 if "resnet10" in flags else 16, blur=False), 16, 0, "cpu").steps(3, 4)
     models = {name: common.distributed(n) if isinstance(n, simdis.Learner) else n for name, n in networks.items()}
     x1, x2 = (x.to(dtype) for x in views)
     with torch.no_grad():
@@ -423,7 +426,7 @@ def test_world_size_does_not_matter(in_processes, teacher_file):
     ResNets, whose BatchNorm2d amplifies rounding, are compared in fp64, closer. Last, Sec. 4.3's BatchNorm: one process is as
     before; two have statistics of their own, so their losses differ, and DDP still gives both the same gradient.
     """
-    resnets = ["--arch", "resnet18", "--teacher_arch", "resnet18", "--img_size", "8"]
+    resnets = ["--arch", "resnet10", "--teacher_arch", "resnet10", "--img_size", "8"]
     cases = [(stage_flags(stage, teacher_file), torch.float32) for stage in ("online", "offline", "teacher")]
     cases += [(resnets, torch.float64), (["--no-sync_bn"], torch.float32)]
     alone = steps_gradients(0, cases)
@@ -551,7 +554,7 @@ def test_both_evaluations_take_the_checkpoint(stage, tmp_path, monkeypatch, caps
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, common_flags + flags)])
         script.main()
     printed = capsys.readouterr().out
-    assert f"({stage if stage == 'teacher' else 'student'})" in printed and (tmp_path / "probe" / "results.json").exists()
+    assert f"{stage if stage == 'teacher' else 'student'} of {tmp_path}" in printed and (tmp_path / "probe" / "results.json").exists()
 
 
 def test_vit_student_loads_into_timm(tmp_path):
