@@ -151,6 +151,8 @@ def test_command_runs(command, places):
         flags += ["--batch_size", "8"]
     if "--cached" in flags:
         flags += ["--epochs", "2"]
+    if command == TORCHRUN:
+        flags += ["--arch", "vit_nano"]
     if script == "simdis.py" and "torchrun" in command:
         flags += ["--arch", "vit_nano", "--teacher_arch", "vit_nano", "--patch_size", "8"]
     if "--analyze" in flags:
