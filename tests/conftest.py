@@ -60,7 +60,7 @@ def _blank(self, path, **options):
 
 
 def _be_a_script(script, arguments, cwd, threads, outputs, figures, environment):
-    """In a forked process: what `python script arguments` does."""
+    """In a forked process: what `python script arguments` does, or `python -m script arguments`."""
     os.setsid()  # a signal to its group is not one to ours
     for stream, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -72,7 +72,10 @@ def _be_a_script(script, arguments, cwd, threads, outputs, figures, environment)
     torch.set_num_threads(threads)
     if not figures:
         Figure.savefig = _blank
-    runpy.run_path(script, run_name="__main__")
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def start_script(script, *arguments, outputs=(os.devnull, os.devnull), cwd=ROOT, threads=1, figures=False, environment={}):

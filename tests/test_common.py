@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -20,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, SHARED, assert_one_line_error, finished, read_log, run_script
+from conftest import ROOT, SHARED, assert_one_line_error, finished, read_log, run_script, start_script
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -1644,14 +1643,14 @@ def wait_until(condition, seconds=180):
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
     """--max-restarts: the run goes on from its last checkpoint by itself, and ends as one that nothing happened to."""
     flags = [*METHODS["sdssl.py"], *ENDLESS, "--max_steps", 7, "--batch_size", 256]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "sdssl.py"]
-    process = subprocess.Popen([*command, *map(str, flags), "--output_dir", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output = tmp_path / "output.txt"
+    process = start_script("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", "sdssl.py", *flags,
+                           "--output_dir", tmp_path / "killed", outputs=(output, output))
     wait_until(lambda: (tmp_path / "killed" / "checkpoint.pth").exists())
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    process.join(300)
+    assert process.exitcode == 0, output.read_text()[-3000:]
     assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "whole", processes=2).returncode == 0
     killed, whole = ([(record["step"], record["loss"]) for record in losses_of(tmp_path / name)] for name in ("killed", "whole"))
     assert [step for step, _ in killed] == list(range(1, 8)) and killed == whole
@@ -1663,14 +1662,13 @@ def test_two_machines_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "sdssl.py", *map(str, flags),
-               "--output_dir", str(tmp_path / "two")]
-    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    for agent in agents:
-        output, _ = agent.communicate(timeout=300)
-        assert agent.returncode == 0, output[-3000:]
+    outputs = [tmp_path / name for name in ("first.txt", "second.txt")]
+    agents = [start_script("torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                           f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "sdssl.py", *flags,
+                           "--output_dir", tmp_path / "two", outputs=(output, output)) for output in outputs]
+    for agent, output in zip(agents, outputs, strict=True):
+        agent.join(300)
+        assert agent.exitcode == 0, output.read_text()[-3000:]
     assert run_script("sdssl.py", *flags, "--output_dir", tmp_path / "one").returncode == 0
     one, two = ([record["loss"] for record in losses_of(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)

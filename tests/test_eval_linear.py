@@ -765,9 +765,9 @@ def test_timm_vits_that_pool_otherwise(evaluate, tmp_path, monkeypatch):
     network = eval_linear.Classifier(backbone, "mean", 10, head_only=False)
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)  # else several processes would stop
-    gap = common.create_backbone("timm/vit_medium_patch16_gap_256", img_size=32)
+    gap = common.create_backbone("timm/test_vit2", img_size=32)
     common.save_file(gap.model.state_dict(), tmp_path / "gap.pth")
-    flags = ["--arch", "timm/vit_medium_patch16_gap_256", "--checkpoint", tmp_path / "gap.pth", "--img_size", 32, "--max_steps", 1]
+    flags = ["--arch", "timm/test_vit2", "--checkpoint", tmp_path / "gap.pth", "--img_size", 32, "--max_steps", 1]
     assert_one_line_error(evaluate("c", *flags, "--pool", "cls"), "has no tokens")
     assert evaluate("d", *flags, "--finetune", "all").returncode == 0
 
