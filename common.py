@@ -127,6 +127,9 @@ def log(message: str) -> None:
         sys.stdout.flush()
 
 
+log_once = functools.cache(log)
+
+
 def progress(items=None, **options) -> tqdm:
     """A progress bar on the first process; in a log file a line every ten seconds."""
     interval = 0.5 if sys.stderr.isatty() else 10
@@ -253,9 +256,12 @@ class ImageData:
 
     def subset(self, rows: Tensor) -> "ImageData":
         """Some of the images, in the order of `rows`."""
-        images = None if self.images is None else self.images[rows]
-        paths = self.paths and [self.paths[i] for i in rows.tolist()]
-        return ImageData(self.labels[rows], self.classes, images, paths)
+        part = ImageData(self.labels[rows], self.classes)
+        if self.images is not None:
+            part.images = self.images[rows]
+        if self.paths:
+            part.paths = [self.paths[i] for i in rows.tolist()]
+        return part
 
     def image_size(self) -> tuple[int, int]:
         """Height and width; of the first image where they are files."""
@@ -269,9 +275,6 @@ class ImageData:
         for path in self.paths or []:
             digest.update(os.fsencode(path[root:]) + b"\n")
         return f"{len(self)} images, {digest.hexdigest()[:16]}"
-
-
-log_once = functools.cache(log)
 
 
 def read_image(path) -> Tensor:
@@ -354,8 +357,9 @@ def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> Im
         raise InputError(f"no images under {folder}: expected files such as .jpg or .png")
     data = ImageData(torch.tensor(labels), classes, paths=paths)
     # small images of one size are decoded once and stay in memory
-    shape, *others = {read_image(path).shape for path in paths[:8]}
-    if not others and max(shape) <= 96 and len(data) * math.prod(shape) <= 2 * 2**30:
+    shape = read_image(paths[0]).shape
+    alike = all(read_image(path).shape == shape for path in paths[1:8])
+    if alike and max(shape) <= 96 and len(data) * math.prod(shape) <= 2 * 2**30:
         with progress(paths, desc=f"reading {folder.name}", leave=False) as bar:
             images = [read_image(path) for path in bar]
         if all(image.shape == shape for image in images):

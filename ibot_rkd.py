@@ -311,9 +311,11 @@ def block_masks(u: Tensor, grid: tuple[int, int], ratio: float, variation: float
     h, w, top, left = (v[:, :, None, None] for v in (h, w, top, left))
     inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)  # (B, blocks, H, W)
     inside = inside.flatten(2)  # (B, blocks, N)
-    first = torch.where(inside.any(1), inside.int().argmax(1), BLOCKS)  # (B, N): covering block
+    # the block that covers a patch first; in this order, and then in reading order, patches count
+    first = torch.where(inside.any(1), inside.int().argmax(1), BLOCKS)  # (B, N)
     order = first * (H * W) + torch.arange(H * W)
-    return order.argsort(1).argsort(1) < count  # (B, N)
+    places = order.argsort(1).argsort(1)  # (B, N)
+    return places < count
 
 
 def masked_rows(masks: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +326,7 @@ def masked_rows(masks: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     counts = masks.sum(1, keepdim=True)  # (P, 1)
     n = int(counts.max())
-    rows = (u + 2 * ~masks).argsort(1)[:, :n]
+    rows = torch.where(masks, u, u + 1).argsort(1)[:, :n]  # masked tokens first
     return rows, (torch.arange(n) < counts) / counts
 
 

@@ -309,7 +309,10 @@ class Student(nn.Module):
         self.classifier = classifier
         self.decoder = decoder
         self.projection = projection
-        self.dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
+
+    @property
+    def dropouts(self) -> list[Dropout]:
+        return [module for module in self.modules() if isinstance(module, Dropout)]
 
     def hand_out(self, u: Tensor) -> None:
         """Gives every dropout its columns of the uniform numbers (rows, sum of the widths)."""
@@ -397,11 +400,14 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
         classifies = not decodes
     refuse_missing_labels(args, classes, classifies, teacher)
     D = backbone.embed_dim
-    student = Student(
-        backbone,
-        make_classifier(args.arch, D, classes) if classifies else None,
-        MLP([D, *MLPS[args.arch][-2::-1], args.img_size**2], head=True) if decodes else None,
-        nn.Linear(D, teacher.backbone.embed_dim) if args.loss == "feature" else None)
+    student = Student(backbone)
+    if classifies:
+        student.classifier = make_classifier(args.arch, D, classes)
+    if decodes:  # the encoder's widths in reverse, up to the pixels
+        widths = MLPS[args.arch][-2::-1]
+        student.decoder = MLP([D, *widths, args.img_size**2], head=True)
+    if args.loss == "feature":
+        student.projection = nn.Linear(D, teacher.backbone.embed_dim)
     source = teacher or backbone  # a teacher's normalisation becomes its student's
     mean = list(getattr(source, "mean", args.mean))
     std = list(getattr(source, "std", args.std))

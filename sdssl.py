@@ -27,10 +27,10 @@ images of the global batch in z; BYOL has none. Memory grows with L * B * M for 
 Symbols: B images of this process, M of the global batch, L layers with a head (the last one
 is the final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
 
-    python sdssl.py                                                    digits, 2 minutes on a laptop
-    python sdssl.py --framework byol --no-sd --output_dir runs/byol    a baseline: no distillation
-    python sdssl.py --isd_every 3                                      every third layer (Table 6)
-    torchrun --nproc_per_node=8 sdssl.py --data IMAGENET --arch vit_small    the paper's (Table 1)
+    python sdssl.py                        digits, two minutes on a laptop
+    python sdssl.py --isd_every 3          every third layer (Table 6)
+    python sdssl.py --framework byol --no-sd --output_dir runs/byol    a baseline
+    torchrun --nproc_per_node=8 sdssl.py --data IMAGENET --arch vit_small    Table 1
     python eval_knn.py --checkpoint runs/sdssl/checkpoint.pth --layers all
     python sdssl.py --analyze runs/sdssl/checkpoint.pth runs/byol/checkpoint.pth \
         --output_dir runs/analysis                                     Figs. 5 to 8
