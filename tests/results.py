@@ -67,10 +67,12 @@ TABLES = {
          "KD": "--loss kd --arch resnet9_half --epochs 2 --teacher {teacher}"},
         "no distillation", [("classifier", None, "accuracy")]),
     "ibot_rkd": Table(
-        "ibot_rkd.py", f"{VIT} --pos_embed sincos --batch_size 64 --lr 2e-3 --warmup_epochs 1 "
-        "--hidden 512 --out_dim 512 --momentum 0.99 --global_views 4 --epochs 3",
+        "ibot_rkd.py", f"{VIT} --pos_embed sincos --batch_size 64 --lr 2e-3 --warmup_epochs 0.3 "
+        "--freeze_last_layer 0.1 --hidden 512 --out_dim 512 --momentum 0.99 --global_views 4 "
+        "--epochs 1",
         {"random": "--max_steps 1 --lr 0",
-         "iBOT": "--potential none --teacher_temp 0.02 --teacher_patch_temp 0.04 --temp_epochs 1",
+         "iBOT": "--potential none --teacher_temp 0.02 --teacher_patch_temp 0.04 "
+                 "--temp_epochs 0.3",
          "RKD-D": "--potential distance", "RKD-A": "--potential angle"}, "random",
         [KNN, LINEAR]),
     "d2v_kd": Table(
