@@ -1628,6 +1628,17 @@ def test_a_rank_without_torchrun_is_one_line(tmp_path, monkeypatch, capsys):
     assert_one_line_error(finished(capsys, lambda: sdssl.train(sdssl.parse_arguments(flags))), "start with torchrun, or unset RANK")
 
 
+@pytest.mark.parametrize("capabilities, times", [({"avx512_bf16": True}, 1), ({"amx_bf16": True}, 1), ({"avx512_bf16": False}, 0), ({}, 0)])
+def test_bf16_is_offered_once_where_the_processor_has_it(capabilities, times, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    common.log_once.cache_clear()
+    for _ in range(2):
+        args = argparse.Namespace(device="cpu", dtype=None, seed=0)
+        common.setup(args)
+        assert args.dtype == "fp32"
+    assert capsys.readouterr().out.count("--dtype bf16 would be faster") == times
+
+
 def losses_of(folder):
     return [record for record in read_log(folder) if "loss" in record]
 
