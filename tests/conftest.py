@@ -72,7 +72,7 @@ def _be_a_script(script, arguments, cwd, threads, outputs, figures, environment)
     torch.set_num_threads(threads)
     if not figures:
         Figure.savefig = _blank
-    if script.endswith(".py"):
+    if str(script).endswith(".py"):
         runpy.run_path(script, run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
