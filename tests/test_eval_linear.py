@@ -56,15 +56,18 @@ def evaluate(monkeypatch, capsys, tmp_path):
         signal.signal(number, handler)
 
 
+common.RESNETS["resnet10"] = ("BasicBlock", [1, 1, 1, 1])
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Checkpoints in our own form: a ViT of 3 blocks, one of 6, and a ResNet-18, with random weights."""
+    """Checkpoints in our own form: a ViT of 3 blocks, one of 6, and a small ResNet, with random weights."""
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     torch.manual_seed(0)
     for name, options in {"vit": dict(arch="vit_nano", img_size=16, patch_size=8, depth=3),
                           "fine": dict(arch="vit_nano", img_size=16, patch_size=4, depth=3),
                           "vit6": dict(arch="vit_nano", img_size=16, patch_size=8, depth=6),
-                          "resnet": dict(arch="resnet18", img_size=16, patch_size=4)}.items():
+                          "resnet": dict(arch="resnet10", img_size=16, patch_size=4)}.items():
         backbone = common.create_backbone(**options)
         for parameter in backbone.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
@@ -715,7 +718,7 @@ def test_bad_values(options, patterns, checkpoints, evaluate, monkeypatch, tmp_p
 
 def test_a_resnet_has_no_tokens(checkpoints, evaluate):
     result = evaluate("a", "--checkpoint", checkpoints["resnet"], "--pool", "both")
-    assert_one_line_error(result, "resnet18 has no tokens", "--pool")
+    assert_one_line_error(result, "resnet10 has no tokens", "--pool")
 
 
 @pytest.mark.parametrize("mode", [[], ["--finetune", "all"]])
