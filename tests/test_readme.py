@@ -151,7 +151,7 @@ def test_command_runs(command, places):
         flags += ["--batch_size", "8"]
     if "--cached" in flags:
         flags += ["--epochs", "2"]
-    if command == TORCHRUN:
+    if "torchrun" in command and script in ("sdssl.py", "ibot_rkd.py"):
         flags += ["--arch", "vit_nano"]
     if script == "simdis.py" and "torchrun" in command:
         flags += ["--arch", "vit_nano", "--teacher_arch", "vit_nano", "--patch_size", "8"]

@@ -400,14 +400,13 @@ def test_backbone_loads_into_timm(tmp_path):
     """P10: strict, with equal outputs; the checkpoint itself is plain (P8: every load here is weights_only)."""
     import timm
 
-    for arch, name in (("vit_tiny", "vit_tiny_patch16_224"), ("vit_small", "vit_small_patch16_224")):
-        checkpoint = train(tmp_path / arch, "--arch", arch, "--max_steps", 1, "--batch_size", 8)
-        theirs = timm.create_model(name, img_size=16, patch_size=4, num_classes=0)
-        theirs.load_state_dict(torch.load(tmp_path / arch / "backbone.pth", weights_only=True), strict=True)
-        ours, meta = common.load_backbone(tmp_path / arch / "checkpoint.pth")
-        assert meta["img_size"] == 16 and meta["backbone"]["arch"] == arch and checkpoint["step"] == 1
-        x = torch.randn(2, 3, 16, 16)
-        torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+    checkpoint = train(tmp_path, "--arch", "vit_small", "--max_steps", 1, "--batch_size", 8)
+    theirs = timm.create_model("vit_small_patch16_224", img_size=16, patch_size=4, num_classes=0)
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+    ours, meta = common.load_backbone(tmp_path / "checkpoint.pth")
+    assert meta["img_size"] == 16 and meta["backbone"]["arch"] == "vit_small" and checkpoint["step"] == 1
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_resnet_trains_and_loads_into_torchvision(tmp_path):
@@ -492,7 +491,7 @@ def test_recipes_follow_the_paper():
 
 def test_photographs_at_224(photos, tmp_path):
     """An unlabelled flat folder at 224 pixels: trains, and says nothing of k-NN."""
-    train(tmp_path, "--data", photos, "--arch", "vit_tiny", "--batch_size", 8, "--max_steps", 1, "--num_workers", 2)
+    train(tmp_path, "--data", photos, "--arch", "vit_nano", "--batch_size", 8, "--max_steps", 1, "--num_workers", 2)
     assert not any("knn" in record for record in read_log(tmp_path))
 
 

@@ -543,11 +543,11 @@ def test_resnet_student_loads_into_torchvision(tmp_path):
 
 @pytest.mark.parametrize("stage", ["teacher", "online"])
 def test_both_evaluations_take_the_checkpoint(stage, tmp_path, monkeypatch, capsys):
-    """A small-image ResNet-18, as teacher and as student."""
-    few = tuple(data.subset(torch.arange(200)) for data in common.load_data("digits"))
+    """A small-image ResNet, as teacher and as student."""
+    few = tuple(data.subset(torch.arange(150)) for data in common.load_data("digits"))
     for script in (simdis, eval_knn, eval_linear):
         monkeypatch.setattr(script, "load_data", lambda name, path: few)
-    train(tmp_path / "run", "--stage", stage, "--arch", "resnet18", "--teacher_arch", "resnet18" if stage == "teacher" else "vit_nano",
+    train(tmp_path / "run", "--stage", stage, "--arch", "resnet10", "--teacher_arch", "resnet10" if stage == "teacher" else "vit_nano",
           "--img_size", 8, "--max_steps", 1, "--hidden", 8)
     common_flags = ["--checkpoint", tmp_path / "run" / "checkpoint.pth", "--data", "digits"]
     for script, flags in ((eval_knn, ["--k", 20]), (eval_linear, ["--cached", "--epochs", 1, "--output_dir", tmp_path / "probe"])):
