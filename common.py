@@ -28,7 +28,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,18 +89,15 @@ def launch(main) -> None:
     # torchrun and shells send SIGTERM, Ctrl-C is SIGINT
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    code = 0
     try:
         main()
     except (InputError, OSError) as error:
-        code = 2 if isinstance(error, InputError) else 1
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        code = 128 + signals[-1]
         tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
-    if code:
-        sys.exit(code)  # without goodbye: other processes may be waiting for what does not come
-    if dist.is_initialized():
+        sys.exit(128 + signals[-1])
+    if dist.is_initialized():  # not after an error: others may wait for what does not come
         dist.destroy_process_group()
 
 
@@ -123,7 +120,7 @@ def world_size() -> int:
 def log(message: str) -> None:
     """Prints on the first process only, above the progress bar."""
     if rank() == 0:
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(message)
         sys.stdout.flush()
 
 
@@ -167,7 +164,9 @@ def setup(args) -> torch.device:
         args.dtype = "fp32"
         if cuda:
             args.dtype = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        elif has_bf16_instructions():
+        # instructions of this processor; older versions of PyTorch do not tell
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        if args.device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")):
             log_once("--dtype bf16 would be faster on this processor, which has instructions for "
                      "it; fp32 gives the same numbers on all")
     if getattr(args, "compile", False) is None:
@@ -176,12 +175,6 @@ def setup(args) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     torch.manual_seed(args.seed)  # of the weights alone: all else comes from `draw`
     return device
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this processor multiplies in bf16; False where PyTorch does not tell (older ones)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 
 
 def autocast(device: torch.device, dtype: str):
@@ -777,18 +770,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Transformer block; post_norm: each norm after its residual sum, as in Data2Vec2."""
 
@@ -797,7 +778,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(  # timm's names
+            fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.post_norm = post_norm
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -812,17 +795,6 @@ class Block(nn.Module):
 def drop(branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
     """A residual branch (B, T, D), scaled for each image by column `which` of keep (B, 2)."""
     return branch if keep is None else keep[:, which, None, None] * branch  # (B, 1, 1) * (B, T, D)
-
-
-class PatchEmbed(nn.Module):
-    """One linear map of the pixels of each patch."""
-
-    def __init__(self, patch_size: int, in_chans: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).mT  # (B, D, h, w) -> (B, N, D)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -872,7 +844,8 @@ class VisionTransformer(nn.Module):
         self.grid = self.grid_of(*(img_size if isinstance(img_size, tuple) else [img_size] * 2))
         # how other grids get their positions: exactly, or as the code that public weights are from
         self.positions_as_dino = False
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
@@ -912,7 +885,7 @@ class VisionTransformer(nn.Module):
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) -> what enters the first block (B, T, D)."""
         grid = self.grid_of(*x.shape[-2:])
-        x = self.patch_embed(x)  # (B, N, D)
+        x = self.patch_embed(x).flatten(2).mT  # (B, D, h, w) -> (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)  # (B, N, D)
         positions = self.pos_embed
@@ -996,8 +969,7 @@ class ResNet(torchvision.models.ResNet):
     def __init__(self, block: str, depths: list[int], img_size: int = 224):
         super().__init__(getattr(torchvision.models.resnet, block), depths, norm_layer=BatchNorm)
         self.embed_dim = self.fc.in_features
-        self.layer_dims = [self.embed_dim // 8, self.embed_dim // 4, self.embed_dim // 2,
-                           self.embed_dim]
+        self.layer_dims = [self.embed_dim // ratio for ratio in (8, 4, 2, 1)]
         self.fc = nn.Identity()
         if img_size < 64:
             self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
@@ -1157,7 +1129,6 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.B = len(x)
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
@@ -1167,7 +1138,7 @@ class Gather(torch.autograd.Function):
         # a copy, since autograd may hand the same gradient to other tensors
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # what every process asks of every row
-        return gradient[rank() * ctx.B :][: ctx.B]
+        return gradient[local_rows(len(gradient))]
 
 
 def gather(x: Tensor) -> Tensor:
@@ -1234,11 +1205,9 @@ def distributed(model: nn.Module) -> nn.Module:
         if foreign and not isinstance(module, BatchNorm):
             raise InputError(f"{name} normalises over the images of one process alone: use another "
                              f"--arch, or one process")
-    ddp = nn.parallel.DistributedDataParallel
-    buffers = "broadcast_buffers"
-    if "forward_sync_buffers" in inspect.signature(ddp).parameters:  # its name in newer versions
-        buffers = "forward_sync_buffers"
-    return ddp(model, gradient_as_bucket_view=True, **{buffers: False})
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # set here, since the argument has two names by version
+    return ddp
 
 
 # -------------------------------------------------------------------------------------- weights
@@ -1385,10 +1354,11 @@ def start_from(backbone: nn.Module, path: str) -> None:
     """--init: loads a backbone's weights from a file."""
     content = read_checkpoint(path)
     weights = backbone_weights(content)
-    if is_moco_small(weights, content) and backbone.blocks[0].attn.num_heads != 12:
+    load_weights(backbone, weights, path, as_dino=not meta_of(content))
+    model = getattr(backbone, "model", backbone)
+    if is_moco_small(weights, content) and model.blocks[0].attn.num_heads != 12:
         raise InputError(f"{path} is MoCo v3's ViT-S of 12 heads: pass --num_heads 12, which "
                          f"sdssl.py has")
-    load_weights(backbone, weights, path, as_dino=not meta_of(content))
 
 
 def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=None, network=None,
@@ -1643,12 +1613,9 @@ class Run:
         """The log, up to the first line that a crash left unreadable."""
         records = []
         text = self.log_file.read_text(errors="replace") if self.log_file.is_file() else ""
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            records.append(record)
+        with contextlib.suppress(ValueError):
+            for line in text.splitlines():
+                records.append(json.loads(line))
         return records
 
     def record(self, step: int, **values) -> None:
@@ -1873,8 +1840,7 @@ def existing_file(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser, method: str, init_type=existing_file) -> None:
     """The flags of every training script; a default of None is the recipe's or `setup`'s."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="digits", help=f"digits, {', '.join(DATASETS)}, or a directory")
     add("--data_path", default="data", help="folder of named data sets (default: data)")
     add("--img_size", type=at_least(1), help="side of the training views in pixels")

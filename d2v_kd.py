@@ -514,14 +514,11 @@ def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> 
     if which == "spaced":
         chosen = torch.linspace(0, L - 1, depth).round().int().tolist()
     picked = {"pos_embed": backbone.pos_embed}  # BEiT has no positions of its own
-    for key, value in weights.items():
-        if not key.startswith("blocks."):
-            picked[key] = value
+    picked |= {key: value for key, value in weights.items() if not key.startswith("blocks.")}
     for i, l in enumerate(chosen):
         block = f"blocks.{l}."
-        for key, value in weights.items():
-            if key.startswith(block):
-                picked[f"blocks.{i}.{key.removeprefix(block)}"] = value
+        picked |= {f"blocks.{i}.{key.removeprefix(block)}": value
+                   for key, value in weights.items() if key.startswith(block)}
     load_weights(backbone, picked, source)
     log(f"the student starts from blocks {' '.join(str(l + 1) for l in chosen)} of the {L} of "
         f"{source}")

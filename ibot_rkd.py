@@ -177,11 +177,8 @@ def rkd_loss(s: Tensor, t: Tensor, potential, kind: str = "ce", tau: float = 0.1
     angles = potential is angle_potential
     s = in_pieces(distance_potential, s, 0, s[0].numel())  # (P, V, V)
     t = in_pieces(distance_potential, t, 0, t[0].numel())  # (P, V, V)
-
-    def losses_of(part):
-        return row_losses(s, t, part, angles, kind, tau)
-
-    losses = in_pieces(losses_of, rows, 1, len(s) * V ** (2 if angles else 1))  # (P, n)
+    losses = in_pieces(lambda part: row_losses(s, t, part, angles, kind, tau), rows, 1,
+                       len(s) * V ** (2 if angles else 1))  # (P, n)
     if weights is None:
         return losses.mean()
     return (losses * weights.reshape(len(s), -1)).sum(1).mean()
@@ -268,18 +265,17 @@ def relational_losses(name: str, s_cls: Tensor, t_cls: Tensor, s_patch: Tensor, 
         mine = torch.arange(len(s), device=s.device)[local_rows(len(s))]  # (B*V,)
         return rkd_loss(s, t, potential, kind, tau, mine)
 
-    losses = {f"loss_{name}_cls": among_views(s_cls, t_cls)}
+    cls = among_views(s_cls, t_cls)
     if patch_relations == "views":
         s = s_patch.unflatten(0, t_cls.shape[:2]).flatten(2)  # (V, B, N*K)
         t = t_patch.unflatten(0, t_cls.shape[:2]).flatten(2)
-        losses[f"loss_{name}_patch"] = among_views(s, t)
-        return losses
-    if name == "angle":  # some of the masked tokens, which are in random order
-        rows = rows[:, :vertices]  # (V*B, n)
-        weights = F.normalize(weights[:, :vertices], p=1, dim=1)
-    loss = rkd_loss(s_patch, t_patch, potential, kind, tau, rows, weights)
-    losses[f"loss_{name}_patch"] = loss
-    return losses
+        patch = among_views(s, t)
+    else:
+        if name == "angle":  # some of the masked tokens, which are in random order
+            rows = rows[:, :vertices]  # (V*B, n)
+            weights = F.normalize(weights[:, :vertices], p=1, dim=1)
+        patch = rkd_loss(s_patch, t_patch, potential, kind, tau, rows, weights)
+    return {f"loss_{name}_cls": cls, f"loss_{name}_patch": patch}
 
 
 # ---------------------------------------------------------------------------------------- masks
@@ -392,10 +388,6 @@ class Teacher(nn.Module):
         z = self.head(h)  # (V*B, 1+N, K)
         return z[:, 0], z[:, 1:], h[:, 0]
 
-    def update(self, student: Student, momentum: float) -> None:
-        ema_update(student.backbone, self.backbone, momentum)
-        ema_update(student.head, self.head, momentum)
-
     @torch.no_grad()
     def recentre(self, cls: Tensor, patches: Tensor, momentum: float = 0.9) -> None:
         """Moves the centres towards the mean outputs of the global batch."""
@@ -477,7 +469,7 @@ def chance_level(args, patches: int) -> float | None:
     others = items if args.patch_relations == "views" else patches  # of the patch structure
     choices = {"none": (args.out_dim, args.out_dim), "distance": (items - 1, others - 1),
                "angle": (items - 2, others - 2)}
-    return sum(math.log(n) for name in set(args.potential) for n in choices[name])
+    return sum(math.log(n) for name in dict.fromkeys(args.potential) for n in choices[name])
 
 
 def losses_of(args, s_cls: Tensor, t_cls: Tensor, s_patch: Tensor, t_patch: Tensor, rows: Tensor,
@@ -596,7 +588,7 @@ def train(args) -> None:
         scaler.update()
 
         # EMA, once a step, after the student moved; and the centres
-        teacher.update(student, float(momentum[step]))
+        ema_update(student, teacher, float(momentum[step]))
         teacher.recentre(t_cls.flatten(0, 1), t_patch)
 
         # log, check and save, where it is due

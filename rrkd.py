@@ -153,17 +153,12 @@ def lpkd_loss(z_s: Tensor, z_t: Tensor, k: int = 5, sigma: float = 1.0,
         rows = torch.arange(len(z_t), device=z_t.device)
     distance = torch.cdist(z_t, all_t).scatter(1, rows[:, None], torch.inf)  # (n, m)
     nearest = distance.topk(min(k, len(all_t) - 1), largest=False).indices  # (n, k)
-    squared_s = squared_distances(z_s, all_s, nearest)  # (n, k)
-    squared_t = squared_distances(z_t, all_t, nearest)  # (n, k)
+    # F.embedding(i, x) is x[i], but its gradient adds in a fixed order: runs repeat to the bit
+    squared_s = (z_s[:, None] - F.embedding(nearest, all_s)).square().sum(-1)  # (n, k)
+    squared_t = (z_t[:, None] - F.embedding(nearest, all_t)).square().sum(-1)  # (n, k)
     weights = torch.exp(-squared_t / sigma**2)
     # a sum over the global batch, of which each process gives its rows: processes are averaged
     return len(all_s) / len(z_s) * (weights * squared_s).sum() / k
-
-
-def squared_distances(z: Tensor, every: Tensor, nearest: Tensor) -> Tensor:
-    """Of each row of z (n, D) to the rows `nearest` (n, k) of every (m, D) -> (n, k)."""
-    # F.embedding(i, x) is x[i], but its gradient adds in a fixed order: runs repeat to the bit
-    return (z[:, None] - F.embedding(nearest, every)).square().sum(-1)
 
 
 @fp32
@@ -274,8 +269,9 @@ class ResNet9Half(ResNet):
 def make_backbone(arch: str, img_size: int, patch_size: int = 4, pretrained=False,
                   **options) -> nn.Module:
     """A backbone of this file, or one of `create_backbone`; pretrained: timm's ImageNet weights."""
-    if pretrained:
-        refuse_without_weights(arch)
+    if pretrained and arch not in RESNETS and not arch.startswith("timm/"):
+        raise InputError(f"there are no ImageNet weights for --arch {arch}: pass --no-pretrained, "
+                         f"or timm/NAME")
     if arch in MLPS:
         return MLP([img_size**2, *MLPS[arch]], head=False)
     if arch == "resnet9_half":
@@ -285,12 +281,6 @@ def make_backbone(arch: str, img_size: int, patch_size: int = 4, pretrained=Fals
         theirs = create_backbone(f"timm/{arch}", pretrained=True).model
         load_weights(backbone, theirs.state_dict(), f"timm/{arch}")
     return backbone
-
-
-def refuse_without_weights(arch: str) -> None:
-    if arch not in RESNETS and not arch.startswith("timm/"):
-        raise InputError(f"there are no ImageNet weights for --arch {arch}: pass --no-pretrained, "
-                         f"or timm/NAME")
 
 
 def make_classifier(arch: str, dim: int, classes: int) -> nn.Module:
@@ -398,7 +388,13 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
     classifies = args.labels or args.loss == "kd"
     if args.loss == "none":
         classifies = not decodes
-    refuse_missing_labels(args, classes, classifies, teacher)
+    if classifies and not classes:
+        raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels "
+                         f"--no-baseline --teacher FILE")
+    if teacher and needs_logits(args) and teacher.classes != classes:
+        raise InputError(f"--loss {args.loss} needs the teacher's logits of {classes} classes, and "
+                         f"this teacher has {teacher.classes or 'no classifier'}: train one here, "
+                         f"or for lpkd pass --no-labels")
     D = backbone.embed_dim
     student = Student(backbone)
     if classifies:
@@ -412,17 +408,6 @@ def build(args, classes: int, teacher: Teacher | None) -> tuple[Student, dict]:
     mean = list(getattr(source, "mean", args.mean))
     std = list(getattr(source, "std", args.std))
     return student, dict(method="rrkd", network="student", backbone=options, mean=mean, std=std)
-
-
-def refuse_missing_labels(args, classes: int, classifies: bool, teacher: Teacher | None) -> None:
-    """Says what this method lacks where the data or the teacher have no labels."""
-    if classifies and not classes:
-        raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels "
-                         f"--no-baseline --teacher FILE")
-    if teacher and needs_logits(args) and teacher.classes != classes:
-        raise InputError(f"--loss {args.loss} needs the teacher's logits of {classes} classes, and "
-                         f"this teacher has {teacher.classes or 'no classifier'}: train one here, "
-                         f"or for lpkd pass --no-labels")
 
 
 # ------------------------------------------------------------------------------------- training
@@ -491,11 +476,16 @@ def choose_anchors(args, embed, teacher: Teacher, data: ImageData) -> Tensor:
     many. confident: of each class those of which a linear probe of the teacher is rightly surest.
     """
     score = draw(args.seed, 0, 2002, 1, len(data))[0].double()  # (n,)
+    if args.anchors == "confident":  # a probe's probability of the class, -1 where it is wrong
+        rows = (data.labels >= 0).nonzero()[:, 0]
+        probe, z = linear_probe(embed, teacher.backbone, data.subset(rows))
+        p, predicted = torch.from_numpy(probe.predict_proba(z.numpy())).double().max(1)
+        right = torch.from_numpy(probe.classes_)[predicted] == data.labels[rows]
+        score[:] = -1.0
+        score[rows] = p.where(right, -1.0)
     if args.anchors == "random":
         chosen = score.argsort()[: args.batch_size]
     else:
-        if args.anchors == "confident":
-            score = confidence(embed, teacher, data)
         each = math.ceil(args.batch_size / len(data.classes))
         best = []
         for c in range(len(data.classes)):
@@ -506,16 +496,6 @@ def choose_anchors(args, embed, teacher: Teacher, data: ImageData) -> Tensor:
         raise InputError(f"{len(chosen)} anchors do not divide by {world_size()} processes: use "
                          f"--anchors batch")
     return chosen
-
-
-def confidence(embed, teacher: Teacher, data: ImageData) -> Tensor:
-    """Of each image (n,): a probe's probability of its class, -1 where the probe is wrong."""
-    rows = (data.labels >= 0).nonzero()[:, 0]
-    probe, z = linear_probe(embed, teacher.backbone, data.subset(rows))
-    p, predicted = torch.from_numpy(probe.predict_proba(z.numpy())).double().max(1)
-    right = torch.from_numpy(probe.classes_)[predicted] == data.labels[rows]
-    score = torch.full((len(data),), -1.0, dtype=torch.float64)
-    return score.index_copy(0, rows, p.where(right, -1.0))
 
 
 def relation_map(embed, backbone: nn.Module, data: ImageData) -> Tensor:
@@ -707,8 +687,7 @@ def train(args) -> None:
         teacher = Teacher(args.teacher, args).to(device)
         embed = embedder(args, teacher.mean, teacher.std)
         score = accuracy(embed, teacher, data[0], data[2], args.metric)
-        parameters = parameters_of(teacher)
-        results["teacher"] = dict(**score, parameters=parameters)
+        results["teacher"] = dict(**score, parameters=parameters_of(teacher))
     else:
         first = variant(alone, arch=args.teacher_arch, momentum=args.teacher_momentum, init=None,
                         max_steps=None, output_dir=str(folder / "teacher"))
@@ -731,11 +710,10 @@ def refuse_what_cannot_work(args, classes: int) -> None:
         raise InputError(f"--loss {args.loss} needs the logits of a classifier, and --teacher_arch "
                          f"{args.teacher_arch} is an autoencoder: pass mlp1200, say, or for lpkd "
                          f"--no-labels")
-    backbone = make_backbone(args.arch, args.img_size, args.patch_size)
+    backbone = make_backbone(args.arch, args.img_size, args.patch_size,
+                             pretrained=args.pretrained and not args.init)
     if args.init:
         start_from(backbone, args.init)
-    elif args.pretrained:
-        refuse_without_weights(args.arch)
     if not args.teacher:
         make_backbone(args.teacher_arch, args.img_size, args.patch_size)
 
@@ -851,11 +829,8 @@ def table(args) -> None:
         raise InputError("--table trains its own teachers: leave --teacher out")
     setup(args)
     spec = TABLES[args.table]
-    columns = list(spec["columns"])
-    if args.data is not None:
-        columns = [args.data]
     lines = []
-    for column in columns:
+    for column in [args.data] if args.data else spec["columns"]:
         lines += table_column(args, spec, column)
     if rank() == 0:
         report_table(args, spec["title"], lines)

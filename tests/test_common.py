@@ -1706,6 +1706,14 @@ def test_our_own_files_are_never_stripped():
     assert weights.keys() == ours.model.state_dict().keys()
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "timm/test_vit"])
+def test_moco_weights_for_another_network_are_one_line(arch, tmp_path):
+    moco = common.vit_small(img_size=64, patch_size=16, depth=1, num_heads=12, pos_embed="sincos").state_dict()
+    torch.save({**moco, "pos_embed": moco["pos_embed"].roll(192, 2)}, tmp_path / "moco.pth")
+    with pytest.raises(common.InputError, match="moco.pth does not fit this architecture"):
+        common.start_from(common.create_backbone(arch, img_size=64), str(tmp_path / "moco.pth"))
+
+
 def test_moco_positions_tell_its_heads(tmp_path):
     """Renamed keys: sine-cosine positions with x and y exchanged are MoCo v3's; ours and learnt ones are not."""
     moco = common.vit_small(img_size=64, patch_size=16, depth=1, num_heads=12, pos_embed="sincos").state_dict()
