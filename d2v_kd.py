@@ -162,7 +162,8 @@ class Labeller(nn.Module):
 
 
 def load_teacher(args) -> tuple[nn.Module, dict]:
-    """-> the teacher's backbone, frozen, and its meta: from our file, unilm's, another, or timm."""
+    """-> the teacher's backbone, frozen, and its meta: from our file, unilm's, another, or
+    timm."""
     path = args.teacher
     weights = backbone_weights(read_checkpoint(path)) if path else {}
     arch = args.teacher_arch
@@ -188,7 +189,8 @@ def load_teacher(args) -> tuple[nn.Module, dict]:
 
 
 def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized, dict]:
-    """-> the student, and what a reader of its checkpoint must know. `meta`: the teacher's."""
+    """-> the student, and what a reader of its checkpoint must know. `meta` is the
+    teacher's."""
     args.depth = args.depth or max(1, len(teacher.layer_dims) // 2)
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size,
                    depth=args.depth, pos_embed="sincos", num_heads=None,
@@ -413,7 +415,8 @@ def parse_arguments(argv=None):
 
 
 def from_unilm(weights: dict) -> dict:
-    """unilm's BEiT -> timm's. One table of relative positions for all blocks is copied to each."""
+    """unilm's BEiT -> timm's. One table of relative positions for all blocks is copied to
+    each."""
     table = weights.get("rel_pos_bias.relative_position_bias_table")
     converted = {}
     for key, value in weights.items():
@@ -511,11 +514,14 @@ def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> 
     if which == "spaced":
         chosen = torch.linspace(0, L - 1, depth).round().int().tolist()
     picked = {"pos_embed": backbone.pos_embed}  # BEiT has no positions of its own
-    picked |= {key: value for key, value in weights.items() if not key.startswith("blocks.")}
+    for key, value in weights.items():
+        if not key.startswith("blocks."):
+            picked[key] = value
     for i, l in enumerate(chosen):
         block = f"blocks.{l}."
-        picked |= {f"blocks.{i}.{key.removeprefix(block)}": value
-                   for key, value in weights.items() if key.startswith(block)}
+        for key, value in weights.items():
+            if key.startswith(block):
+                picked[f"blocks.{i}.{key.removeprefix(block)}"] = value
     load_weights(backbone, picked, source)
     log(f"the student starts from blocks {' '.join(str(l + 1) for l in chosen)} of the {L} of "
         f"{source}")
