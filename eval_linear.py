@@ -57,6 +57,7 @@ import argparse
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -400,7 +401,11 @@ def evaluate(predict, data: ImageData, meta: dict, device, args, name: str) -> T
         top5 = 100 * hits.sum(-1)
         values = torch.stack([top1, top5, sample_losses(logits, labels)])  # (3, L, B, R)
         total = total + values.sum(2)  # (3, L, R)
-    return (mean_over_processes(total) * world_size() / len(data)).cpu()
+    means = (mean_over_processes(total) * world_size() / len(data)).cpu()
+    if not means.isfinite().all():
+        log(f"stopped: the loss of the {name} images is not finite")
+        sys.exit(1)
+    return means
 
 
 def best_rates(top1: Tensor, loss: Tensor, images: int) -> Tensor:

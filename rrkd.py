@@ -293,12 +293,12 @@ class Student(nn.Module):
     """A backbone, and what its losses need on top: a classifier, a decoder to pixels, or a
     projection to the teacher's width."""
 
-    def __init__(self, backbone, classifier=None, decoder=None, projection=None):
+    def __init__(self, backbone, classifier=None):
         super().__init__()
         self.backbone = backbone
         self.classifier = classifier
-        self.decoder = decoder
-        self.projection = projection
+        self.decoder = None
+        self.projection = None
 
     @property
     def dropouts(self) -> list[Dropout]:

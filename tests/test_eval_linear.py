@@ -1,4 +1,5 @@
 """eval_linear.py: batched probes against single ones, layer decay, timm's augmentations, the promises, bad input."""
+import argparse
 import dataclasses
 import json
 import os
@@ -225,13 +226,23 @@ def test_the_scale_of_the_features_does_not_matter(checkpoints, evaluate, monkey
 
 
 def test_logistic_regression_of_scikit_learn(checkpoints, evaluate, tmp_path):
-    evaluate("a", "--checkpoint", checkpoints["fine"], "--cached", "--pool", "both")
+    evaluate("a", "--checkpoint", checkpoints["fine"], "--layers", "all", "--cached", "--pool", "both")
     (train, _), test = hold_out(load_data("digits")[0], 0.1, 0), load_data("digits")[1]
-    x, y = (digits_features(checkpoints["fine"], data, "both")[-1] for data in (train, test))
-    mean, std = x.mean(0), x.std(0)
-    fitted = LogisticRegression(max_iter=3000).fit((x - mean) / std, train.labels)
-    row, = rows(tmp_path / "a")
-    assert abs(100 * fitted.score((y - mean) / std, test.labels) - row["test_top1"]) < 1, row
+    features = [digits_features(checkpoints["fine"], data, "both") for data in (train, test)]
+    for row, x, y in zip(rows(tmp_path / "a"), *features, strict=True):
+        mean, std = x.mean(0), x.std(0)
+        fitted = LogisticRegression(max_iter=3000).fit((x - mean) / std, train.labels)
+        assert abs(100 * fitted.score((y - mean) / std, test.labels) - row["test_top1"]) < 1, row
+
+
+def test_a_loss_of_test_images_that_is_not_finite_stops(capsys):
+    """fp16 may overflow on an image that was not trained with."""
+    data = load_data("digits")[1].subset(torch.arange(4))
+    meta = dict(img_size=8, mean=MEAN, std=STD)
+    args = argparse.Namespace(num_workers=0, dtype="fp32")
+    with pytest.raises(SystemExit) as stopped:
+        eval_linear.evaluate(lambda x: torch.full((1, len(x), 1, 10), torch.nan), data, meta, torch.device("cpu"), args, "test")
+    assert stopped.value.code == 1 and "stopped: the loss of the test images is not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "both"])

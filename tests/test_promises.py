@@ -210,14 +210,15 @@ def test_two_processes_log_the_same_trace(script, teachers, tmp_path, monkeypatc
 @pytest.mark.parametrize("script, flags", [
     (script, flags) for script in SCRIPTS for flags in script.methods], **IDS)
 def test_resume_is_exact(script, flags, teachers, few_digits, tmp_path):
-    """P2, P3: a step, stop, resume and two steps = 3 steps, bit for bit and across the end of an
-    epoch, which has two."""
-    whole = train(script, teachers, tmp_path / "whole", *flags, "--max_steps", 3)
-    train(script, teachers, tmp_path / "parts", *flags, "--max_steps", 1)
-    parts = train(script, teachers, tmp_path / "parts", *flags, "--max_steps", 3, "--resume")
+    """P2, P3: 3 steps, stop, resume and 3 steps = 6 steps, bit for bit and across the end of an
+    epoch."""
+    flags = [*flags, "--batch_size", 16]  # four steps an epoch
+    whole = train(script, teachers, tmp_path / "whole", *flags, "--max_steps", 6)
+    train(script, teachers, tmp_path / "parts", *flags, "--max_steps", 3)
+    parts = train(script, teachers, tmp_path / "parts", *flags, "--max_steps", 6, "--resume")
     assert_same_run(whole, parts)
     trace = losses_of(tmp_path / "whole")
-    assert trace == losses_of(tmp_path / "parts") and len(trace) == 3
+    assert trace == losses_of(tmp_path / "parts") and len(trace) == 6
     assert whole["optimizer"]["state"]
 
 
