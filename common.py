@@ -24,6 +24,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -133,6 +134,23 @@ def progress(items=None, **options) -> tqdm:
     return tqdm(items, disable=rank() > 0, mininterval=interval, dynamic_ncols=True, **options)
 
 
+def fresh_store(store, number: int) -> dist.Store:
+    """A store for this start alone, which its first process serves. torchrun's own outlives the
+    processes that it starts again, and still says where the dead ones listened."""
+    host = os.environ["MASTER_ADDR"]
+    if number == 0:
+        fresh = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(fresh.port))
+        return fresh
+    while True:
+        port = int(store.get("port"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return dist.TCPStore(host, port)
+        except OSError:
+            time.sleep(0.1)  # the port is that of a dead process: wait for the new one
+
+
 def setup(args) -> torch.device:
     """Joins torchrun's process group if there is one, chooses device, dtype and compilation where
     `args` leaves them open, and seeds the weights."""
@@ -155,11 +173,8 @@ def setup(args) -> torch.device:
         except ValueError as error:
             raise InputError(f"RANK is set, but not all that torchrun sets ({error}): start with "
                              f"torchrun, or unset RANK") from None
-        # restarted workers get the same store, which still says where the dead ones listened
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start{restart}", store)
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=processes)
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(store, number),
+                                rank=number, world_size=processes)
     if args.dtype is None:
         args.dtype = "fp32"
         if cuda:
@@ -425,17 +440,17 @@ def load_torchvision(data: str, root: str) -> tuple[ImageData, ImageData]:
             paths = fields.get("_image_files") or fields.get("_images")
             labels = next(fields[key] for key in ("targets", "labels", "_labels") if key in fields)
         labels = torch.as_tensor(labels).long()
-        data = ImageData(labels, list(range(int(labels.max()) + 1)))
+        images = ImageData(labels, list(range(int(labels.max()) + 1)))
         if paths:
-            data.paths = [str(path) for path in paths]
+            images.paths = [str(path) for path in paths]
         else:  # MNIST (n, H, W), CIFAR (n, H, W, 3), SVHN and STL-10 (n, 3, H, W)
-            images = torch.as_tensor(fields["data"])
-            if images.ndim == 3:
-                images = images[..., None].expand(-1, -1, -1, 3)  # (n, H, W, 3)
-            if images.shape[-1] == 3:
-                images = images.permute(0, 3, 1, 2)  # (n, 3, H, W)
-            data.images = images.contiguous()
-        loaded.append(data)
+            pixels = torch.as_tensor(fields["data"])
+            if pixels.ndim == 3:
+                pixels = pixels[..., None].expand(-1, -1, -1, 3)  # (n, H, W, 3)
+            if pixels.shape[-1] == 3:
+                pixels = pixels.permute(0, 3, 1, 2)  # (n, 3, H, W)
+            images.images = pixels.contiguous()
+        loaded.append(images)
     return tuple(loaded)
 
 
@@ -1553,10 +1568,12 @@ class Run:
         new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
         path = self.folder / "checkpoint.pth"
         self.lock_folder()
-        # torchrun starts dead processes again with the same flags: then --overwrite is over
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        # torchrun starts dead processes again with the same flags: then --overwrite is over; each
+        # machine counts the restarts that it asked for itself
+        restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts = mean_over_processes(torch.tensor(restarts, device=loader.device))
         if path.is_file():
-            if args.resume or (restarted and not new_log.is_file()):
+            if args.resume or (restarts > 0 and not new_log.is_file()):
                 self.resume(read_checkpoint(path), path)
             elif args.overwrite:
                 self.log_file = new_log
@@ -1585,6 +1602,9 @@ class Run:
             except BlockingIOError:
                 raise InputError(f"another process trains in {self.folder}: pass another "
                                  f"--output_dir") from None
+            except OSError:
+                log(f"{self.folder} is on a file system without locks: a second run in it would "
+                    f"not be noticed")
 
     def resume(self, checkpoint: dict, path: Path) -> None:
         """Puts every part and the step back; refuses other settings, other data, other parts."""
