@@ -1580,7 +1580,11 @@ class Run:
             else:
                 raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
                                  f"or another --output_dir")
-        barrier()  # nobody writes before all have looked
+        # all have looked before one writes
+        starts = gather(torch.tensor([self.start], device=loader.device))
+        if (starts != self.start).any():
+            raise InputError(f"the processes do not see the same checkpoint in {self.folder}: it "
+                             f"has to be on a file system that all machines share")
         if rank() == 0:
             new_log.unlink(missing_ok=True)
             # a run that was killed has logged steps that its checkpoint does not know
