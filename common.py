@@ -1173,6 +1173,11 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+def of_each_process(number: int, device) -> list[int]:
+    """A whole number of every process."""
+    return [number] if world_size() == 1 else gather(torch.tensor([number], device=device)).tolist()
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if world_size() > 1:
@@ -1570,8 +1575,8 @@ class Run:
         self.lock_folder()
         # torchrun starts dead processes again with the same flags: then --overwrite is over; each
         # machine counts the restarts that it asked for itself
-        restarts = float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        restarts = mean_over_processes(torch.tensor(restarts, device=loader.device))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts = max(of_each_process(restarts, loader.device))
         if path.is_file():
             if args.resume or (restarts > 0 and not new_log.is_file()):
                 self.resume(read_checkpoint(path), path)
@@ -1581,8 +1586,8 @@ class Run:
                 raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
                                  f"or another --output_dir")
         # all have looked before one writes
-        starts = gather(torch.tensor([self.start], device=loader.device))
-        if (starts != self.start).any():
+        starts = of_each_process(self.start, loader.device)
+        if min(starts) < max(starts):
             raise InputError(f"the processes do not see the same checkpoint in {self.folder}: it "
                              f"has to be on a file system that all machines share")
         if rank() == 0:
@@ -1898,7 +1903,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "that its method evaluates; of DINO and iBOT the teacher)")
 
 
-def add_system_arguments(parser, output_dir: str | None) -> None:
+def add_system_arguments(parser, output_dir: str) -> None:
     """The flags of everything that trains, eval_linear.py included."""
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=at_least(0), default=0)
@@ -1906,7 +1911,7 @@ def add_system_arguments(parser, output_dir: str | None) -> None:
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(default: on CUDA)")
-    add("--output_dir", default=output_dir, help="folder of the run (default: %(default)s)")
+    add("--output_dir", default=output_dir, help=f"folder of the run (default: {output_dir})")
     add("--resume", action="store_true", help="go on from output_dir/checkpoint.pth if it exists")
     add("--overwrite", action="store_true", help="replacement of what output_dir holds")
     add("--save_every", type=at_least(0), default=1, help="epochs between checkpoints; 0: none "

@@ -1,10 +1,10 @@
 """Unimodal knowledge distillation (vision): a shallow Data2Vec2-style student learns from
 BEiTv2 (a thesis draft, Eqs. 1-6).
 
-The idea. A self-supervised teacher has no class probabilities to pass on, only features. One
-layer's [CLS] token says what the teacher found, not how. So the student, half as deep,
-predicts for every token the mean over *all* the teacher's layers, each first brought to one
-scale. That mean does not depend on how many layers there are: the student's own are averaged
+The idea. A self-supervised teacher has features but no class probabilities, and its
+last [CLS] token says what it found, not how. So the student, half as deep, predicts for
+every token the mean over *all* the teacher's layers, each first brought to one scale.
+That mean does not depend on how many layers there are: the student's own are averaged
 likewise, and no layer of one has to be paired with a layer of the other.
 
     image -> teacher, frozen -> H_1 ... H_12 -> instance norm -> mean -> layer norm -> Y ----+
@@ -12,25 +12,21 @@ likewise, and no layer of one has to be paired with a layer of the other.
       |                         output                                loss = mean (Y - Y^)^2, Eq. 6
       +----> student ---------> H_1 ... H_6 --> instance norm -> mean -> layer norm -> Y^ ---+
 
-Instance norm brings each dim of an image to mean 0 and variance 1 over its tokens, [CLS]
-among them: before the mean over layers, since a layer of large numbers would drown the
-others there. Layer norm, without parameters, brings each token to mean 0 and variance 1 over
-its dims: after that mean, which is smaller the less the layers agree. So the loss is 2 - 2 *
-(correlation of Y and Y^, mean over tokens), and 2 is chance.
+Instance norm brings each dim of an image to mean 0 and variance 1 over its tokens, so
+no layer of large numbers drowns the others. Layer norm, without parameters, does so for
+each token over its dims. The loss is thus 2 - 2 * (correlation of Y and Y^, mean over
+tokens), and 2 is chance.
 
-The loss moves the student alone; the teacher is frozen, in evaluation mode. The student is
-Data2Vec2's ViT: post-norm blocks (x = LN(x + attn(x)), x = LN(x + mlp(x))), a norm before
-the first and none after the last, fixed sine-cosine positions; --student prenorm is the
-usual ViT. It starts at random or, with --init, from a file or its teacher: from the first
-blocks, or evenly spaced ones. Images are normalised as the teacher's were. Where no teacher
-is given, a small one is trained first, the simplest way: by labels, through a head on its
-[CLS].
+It moves the student alone, which is Data2Vec2's ViT: fixed sine-cosine positions, a norm
+before the first block, post-norm blocks (x = LN(x + attn(x)), x = LN(x + mlp(x))).
+--student prenorm is the usual ViT. It starts at random or, with --init, from a file's or
+its teacher's blocks. Images are normalised as the teacher's were. Where no teacher is
+given, a small one is trained first, by labels.
 
 Symbols: B images of this process, N patch tokens, T = 1 + N tokens with [CLS] first, D
 width, L layers, C classes.
 
     python d2v_kd.py                       digits: a teacher of 4 blocks, then a student of 2
-    python d2v_kd.py --depth 3             a student of another depth
     torchrun --nproc_per_node=8 d2v_kd.py --data IMAGENET \
         --teacher beitv2_base_patch16_224_pt1k.pth --init base_imagenet.pt
                                            the paper's run, from unilm's and fairseq's files
@@ -40,22 +36,20 @@ width, L layers, C classes.
     python eval_linear.py --checkpoint runs/d2v_kd/checkpoint.pth --data digits --finetune all
 
 Measured: the first command (seed 0): k-NN of the teacher 92.8 %; of the student 58.9 %
-before and 80.8 % after, while the validation loss falls from 1.91 to 0.05.
+before, 80.8 % after; validation loss 1.91, then 0.05.
 
-    what                  paper                   released code            here
-    hidden states         each block's output     feed-forward outputs,    each block's output
-                                                  before residual, norm
-    epsilon of the norms  1e-8                    1e-5                     1e-5
-    student's depth       "L_s = 12", half of 12  6                        half the teacher's
-    learning rate         5e-4; later draft 1e-4                           5e-4 for a batch of 256
-    BEiTv2's positions    not said                                         unilm's one table, copied
-                                                                           to each block: 85.8 M
-    the first blocks      of Data2Vec2                                     first the context
-                                                                           encoder's two: 43.1 M
-    unlike widths         not met                                          --proj: one linear map
+    what                paper                   released code         here
+    hidden states       block outputs           feed-forward outputs  block outputs
+    epsilon of norms    1e-8                    1e-5                  1e-5
+    student's depth     "L_s = 12", half of 12  6                     half the teacher's
+    learning rate       5e-4; later draft 1e-4                        5e-4 for 256 images
+    BEiTv2's positions  not said                                      one table for all blocks
+    the first blocks    of Data2Vec2                                  context encoder's first
+    unlike widths       not met                                       --proj: a linear map
 """
 import argparse
 import inspect
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -72,13 +66,13 @@ from common import (MEAN, STD, VITS, ImageData, InputError, Parser, Run, View, V
 # -------------------------------------------------------------------------------------- recipes
 
 BEIT = "timm/beitv2_base_patch16_224"
-# `teacher_recipe`: of the small teacher that is trained here, from labels, where none is given
+# teacher_recipe: of the teacher, where none is given
 RECIPES = {
     "digits": dict(  # by trial on two CPU cores
         arch="vit_nano", img_size=16, patch_size=4, epochs=80, batch_size=128, lr=8e-3,
         warmup_epochs=8, weight_decay=0.01, views=dict(scale=(0.5, 1.0), flip=0.0),
         teacher_epochs=30, teacher_recipe=dict(lr=2e-3, warmup_epochs=3, weight_decay=0.05)),
-    "mnist": dict(  # sizes that fit, as CIFAR-10's; not tried at full length
+    "mnist": dict(  # not tried at full length
         arch="vit_nano", img_size=28, patch_size=7, epochs=10, batch_size=256, lr=4e-3,
         warmup_epochs=1, weight_decay=0.01, views=dict(scale=(0.5, 1.0), flip=0.0),
         teacher_epochs=5, teacher_recipe=dict(lr=1e-3, warmup_epochs=1, weight_decay=0.05)),
@@ -104,14 +98,14 @@ def instance_norm(h: Tensor) -> Tensor:
 
 
 def contextualized_target(hidden_states: list[Tensor]) -> Tensor:
-    """L hidden states (B, T, D) -> (B, T, D) in fp32; the same for student and teacher."""
+    """L hidden states (B, T, D) -> (B, T, D) in fp32, on both sides."""
     mean = sum(map(instance_norm, hidden_states)) / len(hidden_states)  # Eqs. 3, 4
     return F.layer_norm(mean, mean.shape[-1:], eps=EPS)  # Eq. 5
 
 
 @fp32
 def kd_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over images, tokens, [CLS] among them, and dims of (B, T, D)."""
+    """Mean squared error over images, tokens with [CLS], and dims of (B, T, D)."""
     return F.mse_loss(pred, target)  # Eq. 6
 
 
@@ -119,10 +113,9 @@ def kd_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 class Contextualized(nn.Module):
-    """A backbone seen through Eqs. 1-5, student and teacher alike: images -> (B, T, D).
+    """A backbone seen through Eqs. 1-5: images -> (B, T, D).
 
-    proj: a linear map of the student's states, the same for all layers, to a teacher of
-    another width.
+    proj: a linear map of all layers' states to a teacher of another width.
     """
 
     def __init__(self, backbone: nn.Module, proj: nn.Module | None = None):
@@ -136,8 +129,7 @@ class Contextualized(nn.Module):
 
 
 class ImageLoss(nn.Module):
-    """Eq. 6 of each image by itself (B, 1), in the place of a feature: the validation loss
-    is its mean."""
+    """Eq. 6 of each image, in the place of a feature: images -> (B, 1)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module):
         super().__init__()
@@ -145,28 +137,17 @@ class ImageLoss(nn.Module):
         self.teacher = teacher
 
     def forward(self, x: Tensor, layers: bool = False) -> Tensor:
-        pairs = zip(self.student(x), self.teacher(x), strict=True)
-        return torch.stack([kd_loss(pred, target) for pred, target in pairs])[:, None]
-
-
-class Labeller(nn.Module):
-    """A small teacher in the making: a backbone whose [CLS] learns the labels, (B, C)."""
-
-    def __init__(self, backbone: nn.Module, classes: int):
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.embed_dim, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+        errors = (self.student(x) - self.teacher(x)).square()  # (B, T, D)
+        return errors.mean((1, 2))[:, None]  # (B, 1)
 
 
 def load_teacher(args) -> tuple[nn.Module, dict]:
-    """-> the teacher's backbone, frozen, and its meta: from our file, unilm's, another, or
-    timm."""
+    """-> a frozen backbone and its meta, of any ViT's file or of timm."""
     path = args.teacher
-    weights = backbone_weights(read_checkpoint(path)) if path else {}
     arch = args.teacher_arch
+    weights = {}
+    if path:
+        weights = backbone_weights(read_checkpoint(path))
     if any(key.endswith("relative_position_bias_table") for key in weights):
         backbone = create_backbone(arch or BEIT, img_size=None)
         load_weights(backbone, from_unilm(weights), path)
@@ -175,47 +156,46 @@ def load_teacher(args) -> tuple[nn.Module, dict]:
     elif arch:
         backbone, meta = load_backbone(path, arch, args.patch_size, args.img_size)
     else:
-        raise InputError(f"{path} does not say which architecture: pass --teacher_arch (and "
-                         f"--patch_size)")
+        raise InputError(f"{path} does not say which architecture: pass --teacher_arch")
     model = getattr(backbone, "model", backbone)
     one_prefix = getattr(model, "num_prefix_tokens", 1) == 1
     states = model is backbone
     if hasattr(model, "forward_intermediates"):
-        states = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+        options = inspect.signature(model.forward_intermediates).parameters
+        states = "return_prefix_tokens" in options
     if getattr(model, "cls_token", None) is None or not one_prefix or not states:
-        raise InputError(f"--teacher_arch {arch} has no tokens to learn from: it must be a ViT "
-                         f"with [CLS] and patches")
+        raise InputError(f"--teacher_arch {arch} has no tokens to learn from: use a ViT with [CLS]")
     return backbone.eval().requires_grad_(False), meta
 
 
 def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized, dict]:
-    """-> the student, and what a reader of its checkpoint must know. `meta` is the
-    teacher's."""
+    """-> the student and its meta, from the teacher's."""
     args.depth = args.depth or max(1, len(teacher.layer_dims) // 2)
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size,
-                   depth=args.depth, pos_embed="sincos", num_heads=None,
-                   post_norm=args.student == "postnorm")
+                   depth=args.depth, pos_embed="sincos", post_norm=args.student == "postnorm")
     if args.arch == meta["backbone"].get("arch"):  # then heads of the same width too
         options["num_heads"] = meta["backbone"].get("num_heads")
     backbone = create_backbone(**options)
     if args.init == "teacher":
-        weights = from_beit(getattr(teacher, "model", teacher).state_dict())
+        weights = getattr(teacher, "model", teacher).state_dict()
         load_blocks(backbone, weights, args.init_blocks, "the teacher")
     elif args.init:
         load_blocks(backbone, read_fairseq(args.init), args.init_blocks, args.init)
     backbone.norm.requires_grad_(False)  # the hidden states are before it
+    T, D = backbone.pos_embed.shape[1:]
     with torch.no_grad():
         image = torch.zeros(1, 3, args.img_size, args.img_size)
-        _, T, D = backbone.block_outputs(image)[-1].shape
-        _, teacher_tokens, width = teacher.block_outputs(image)[-1].shape
-    if T != teacher_tokens:
-        raise InputError(f"of an image of {args.img_size} pixels the student makes {T} tokens and "
-                         f"the teacher {teacher_tokens}: give the student the teacher's "
-                         f"--patch_size")
+        tokens, width = teacher.block_outputs(image)[-1].shape[1:]
+    if T != tokens:
+        raise InputError(f"the student makes {T} tokens and the teacher {tokens}: give it the "
+                         f"teacher's --patch_size")
     if D != width and not args.proj:
-        raise InputError(f"the student is {D} wide and the teacher {width}: pass --proj, a linear "
-                         f"map of the student's hidden states, or another --arch")
+        raise InputError(f"the student is {D} wide and the teacher {width}: pass --proj")
     student = Contextualized(backbone, nn.Linear(D, width) if args.proj else None)
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    frozen = sum(p.numel() for p in teacher.parameters()) / 1e6
+    log(f"student, {args.arch} of {args.depth} blocks: {trainable:.1f} M trainable parameters, "
+        f"teacher {frozen:.1f} M frozen")
     meta = dict(method="d2v_kd", network="student", backbone=options, mean=meta["mean"],
                 std=meta["std"])
     return student, meta
@@ -225,31 +205,22 @@ def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized,
 
 
 def make_optimizer(args, network: nn.Module, device):
-    """AdamW of Sec. 4, and the scaler of its gradients, which does nothing but for fp16."""
+    """AdamW of the paper, and the scaler of its gradients for fp16."""
     groups = parameter_groups(network, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
 
 
-def load_splits(args) -> tuple[ImageData, ImageData]:
-    """Training and test images; where there are none to test with, every tenth training
-    image."""
-    train_data, test_data = load_data(args.data, args.data_path)
-    if test_data is not None:
-        return train_data, test_data
-    if len(train_data) < 2:
-        raise InputError(f"one image under {args.data} is too few: a tenth is left for the "
-                         f"validation loss")
-    rows = torch.arange(len(train_data))
-    return train_data.subset(rows[rows % 10 > 0]), train_data.subset(rows[::10])
-
-
 def train(args) -> None:
-    # data
+    # data; where there are no test images, every tenth image is one
     device = setup(args)
-    train_data, test_data = load_splits(args)
+    train_data, test_data = load_data(args.data, args.data_path)
+    if test_data is None:
+        rows = torch.arange(len(train_data))
+        test_data = train_data.subset(rows[::10])
+        train_data = train_data.subset(rows[rows % 10 > 0])
 
-    # networks; what the teacher says of itself decides the student's sizes where no flag does
+    # networks; where no flag does, the teacher's file decides the student's sizes
     if args.teacher:
         sizes = meta_of(read_checkpoint(args.teacher)).get("backbone", {})
         args.teacher_arch = args.teacher_arch or sizes.get("arch")
@@ -259,14 +230,13 @@ def train(args) -> None:
         args.patch_size = args.patch_size or sizes.get("patch_size")
     recipe = apply_recipe(args, RECIPES, train_data)
     if args.arch not in VITS:
-        raise InputError(f"--arch {args.arch} is no student for this method: use one of "
-                         f"{' '.join(VITS)}")
-    if args.init and args.init != "teacher":  # a file that cannot be read is found before training
-        read_fairseq(args.init)
+        raise InputError(f"--arch {args.arch} is no student: use one of {' '.join(VITS)}")
+    if args.init and args.init != "teacher":
+        read_fairseq(args.init)  # a bad file is found before the teacher is trained
     if args.teacher or args.teacher_arch:
         backbone, meta = load_teacher(args)
     else:
-        backbone, meta = train_teacher(args, recipe, train_data, test_data, device)
+        backbone, meta = train_teacher(args, recipe, train_data, device)
     student, meta = build_student(args, backbone, meta)
     student.to(device)
     teacher = Contextualized(backbone).to(device)
@@ -296,18 +266,13 @@ def train(args) -> None:
     # schedule, a value for each step
     M = args.batch_size
     peak_lr = args.lr * M / 256
-    lr = cosine_schedule(peak_lr, 0.0, run.total, int(args.warmup_epochs * run.steps_per_epoch))
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
-    frozen = sum(p.numel() for p in teacher.parameters()) / 1e6
-    log(f"student, {args.arch} of {args.depth} blocks: {trainable:.1f} M trainable parameters, "
-        f"teacher {frozen:.1f} M frozen")
+    warmup = int(args.warmup_epochs * run.steps_per_epoch)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     log(f"{run.total} steps of {M} images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}")
     if run.start == 0:
         accuracy = knn(teacher)
-        shown = "no labels on both sides, no k-NN"
-        if accuracy is not None:
-            shown = f"k-NN top-1 {accuracy:.1f} %"
-        log(f"teacher: {shown}")
+        if accuracy is not None:  # labels on both sides
+            log(f"teacher: k-NN top-1 {accuracy:.1f} %")
 
     for step, (x,), _ in run.steps():  # one view (B, 3, H, W)
         # schedules
@@ -331,26 +296,25 @@ def train(args) -> None:
         scaler.step(optimizer)
         scaler.update()
 
-        # log, check and save, where it is due; a patch in the middle is watched for collapse
+        # log, check and save; a patch in the middle is watched for collapse
         run.end_step(step, {"loss": loss}, features=pred[:, pred.shape[1] // 2],
                      lr=float(lr[step]), chance=2.0)
 
 
-def train_teacher(args, recipe: dict, train_data: ImageData, test_data: ImageData,
-                  device) -> tuple[nn.Module, dict]:
-    """Where no teacher is given: a ViT of the recipe's depth learns the labels, in teacher/."""
+def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn.Module, dict]:
+    """Where none is given: a ViT of the recipe's depth learns the labels, in teacher/."""
     if not train_data.labelled:
-        raise InputError(f"{args.data} has no labels to train a teacher by: pass --teacher FILE or "
-                         f"--teacher_arch timm/NAME")
+        raise InputError(f"{args.data} has no labels to train a teacher by: pass --teacher")
     folder = Path(args.output_dir) / "teacher"
-    log(f"no --teacher: a small one is trained first, by the labels, in {folder} (or taken from "
-        f"there, with --resume)")
+    log(f"no --teacher: a small one is trained first, by the labels, in {folder}")
     changes = dict(recipe["teacher_recipe"], epochs=args.teacher_epochs, output_dir=str(folder),
                    max_steps=None)
     args = argparse.Namespace(**{**vars(args), **changes})
     options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
     meta = dict(method="d2v_kd", network="teacher", backbone=options, mean=MEAN, std=STD)
-    teacher = Labeller(create_backbone(**options), len(train_data.classes)).to(device)
+    backbone = create_backbone(**options)
+    head = nn.Linear(backbone.embed_dim, len(train_data.classes))
+    teacher = nn.Sequential(OrderedDict(backbone=backbone, head=head)).to(device)
     model = distributed(teacher)
     if args.compile:
         teacher.compile()
@@ -358,17 +322,11 @@ def train_teacher(args, recipe: dict, train_data: ImageData, test_data: ImageDat
     labelled = train_data.subset((train_data.labels >= 0).nonzero()[:, 0])
     view = View(args.img_size, **recipe["views"])
     loader = ViewLoader(labelled, [view], args.batch_size, args.seed, device, args.num_workers)
-
-    def knn():
-        return knn_accuracy(teacher.backbone, labelled, test_data, args.img_size, device,
-                            num_workers=args.num_workers, dtype=args.dtype)
-
-    run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, teacher=teacher,
-              optimizer=optimizer, scaler=scaler)
+    run = Run(args, loader, meta, teacher=teacher, optimizer=optimizer, scaler=scaler)
     peak_lr = args.lr * args.batch_size / 256
-    lr = cosine_schedule(peak_lr, 0.0, run.total, int(args.warmup_epochs * run.steps_per_epoch))
-    log(f"teacher, {args.arch} of {len(teacher.backbone.blocks)} blocks: {run.total} steps of "
-        f"{args.batch_size} images, lr {args.lr:.1e} * {args.batch_size} / 256 = {peak_lr:.1e}")
+    warmup = int(args.warmup_epochs * run.steps_per_epoch)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
+    log(f"teacher, {args.arch} of {len(backbone.blocks)} blocks: {run.total} steps")
     for step, (x,), index in run.steps():
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
@@ -381,10 +339,7 @@ def train_teacher(args, recipe: dict, train_data: ImageData, test_data: ImageDat
         scaler.step(optimizer)
         scaler.update()
         run.end_step(step, {"loss": loss}, lr=float(lr[step]))
-    # its file is not among the student's settings, so that the folder of the run may be moved
-    path = str(folder / "checkpoint.pth")
-    changes = dict(teacher=path, teacher_arch=args.arch)
-    return load_teacher(argparse.Namespace(**{**vars(args), **changes}))
+    return load_backbone(str(folder / "checkpoint.pth"))
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -400,8 +355,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", type=existing_file, metavar="FILE",
         help="ours, unilm's BEiTv2, or any ViT's (default: trained here, or timm's)")
-    add("--teacher_arch", help="of a FILE that does not say, or alone: timm/NAME, pretrained")
-    add("--teacher_epochs", type=at_least(1), help="of the teacher that is trained here")
+    add("--teacher_arch", help="of a FILE that does not say; alone: timm/NAME, pretrained")
+    add("--teacher_epochs", type=at_least(1), help="of a teacher that is trained here")
     add = parser.add_argument_group("student").add_argument
     add("--student", default="postnorm", choices=["postnorm", "prenorm"], help="kind of its blocks")
     add("--depth", type=at_least(0), help="blocks of the student (default: half the teacher's)")
@@ -415,19 +370,44 @@ def parse_arguments(argv=None):
 
 
 def from_unilm(weights: dict) -> dict:
-    """unilm's BEiT -> timm's. One table of relative positions for all blocks is copied to
-    each."""
+    """unilm's BEiT -> timm's. A table of positions for all blocks is copied to each."""
     table = weights.get("rel_pos_bias.relative_position_bias_table")
     converted = {}
     for key, value in weights.items():
-        # heads of masked tokens, layers that trained [CLS], what timm computes
-        skipped = key.startswith(("lm_head.", "cls_pt_", "rel_pos_bias."))
-        if skipped or key.endswith("relative_position_index"):
+        # layers that trained [CLS], and what timm computes
+        if key.startswith(("cls_pt_", "rel_pos_bias.")) or key.endswith("position_index"):
             continue
         if key.endswith("attn.q_bias") and table is not None:
             converted[key.replace("q_bias", "relative_position_bias_table")] = table
         if key.startswith("norm."):  # timm's place for the final norm
             key = f"fc_{key}"
+        converted[key] = value
+    return converted
+
+
+def from_fairseq(weights: dict) -> dict:
+    """fairseq's Data2Vec2 -> ours; other weights stay as they are.
+
+    The two blocks of the context encoder come first. Decoder and EMA teacher are left out.
+    """
+    image = "modality_encoders.IMAGE."
+    if not any(key.startswith(image) for key in weights):
+        return weights
+    names = {"extra_tokens": "cls_token", "local_encoder.": "patch_embed.",
+             "context_encoder.norm.": "norm_pre.", "context_encoder.blocks.": "blocks.",
+             "fixed_positional_encoder.positions": "pos_embed"}
+    before = block_count(weights, image + "context_encoder.blocks.")
+    converted = {}
+    for key, value in weights.items():
+        if key.startswith(("_ema", image + "decoder.", "shared_decoder.", "recon_proj.")):
+            continue
+        if key.startswith("blocks."):
+            _, l, rest = key.split(".", 2)
+            key = f"blocks.{before + int(l)}.{rest}"
+        for theirs, ours in names.items():
+            key = key.replace(image + theirs, ours)
+        if key == "pos_embed":
+            value = F.pad(value, (0, 0, 1, 0))  # (1, N, D) -> (1, T, D), 0 for [CLS]
         converted[key] = value
     return converted
 
@@ -442,89 +422,39 @@ def read_fairseq(path: str) -> dict:
 
 
 def layer_norm_first(content) -> bool:
-    """Whether the settings in a fairseq file say so, at whatever depth."""
+    """Whether a fairseq file was made so, by its settings, at any depth, or its last norm."""
     if not isinstance(content, dict):
         return False
-    return bool(content.get("layer_norm_first")) or any(map(layer_norm_first, content.values()))
-
-
-def from_fairseq(weights: dict) -> dict:
-    """fairseq's Data2Vec2 -> ours: the two blocks of its context encoder come first; decoder
-    and EMA teacher are left out."""
-    image = "modality_encoders.IMAGE."
-    if not any(key.startswith(image) for key in weights):
-        return weights
-    names = {"extra_tokens": "cls_token", "local_encoder.": "patch_embed.",
-             "context_encoder.norm.": "norm_pre.", "context_encoder.blocks.": "blocks.",
-             "fixed_positional_encoder.positions": "pos_embed"}
-    before = block_count(weights, image + "context_encoder.blocks.")
-    converted = {}
-    for key, value in weights.items():
-        if key == "_ema" or key.startswith((image + "decoder.", "shared_decoder.", "recon_proj.")):
-            continue
-        if key.startswith("blocks."):
-            _, l, rest = key.split(".", 2)
-            key = f"blocks.{before + int(l)}.{rest}"
-        for theirs, ours in names.items():
-            if key.startswith(image + theirs):
-                key = ours + key.removeprefix(image + theirs)
-        if key == "pos_embed":
-            value = F.pad(value, (0, 0, 1, 0))  # (1, N, D) -> (1, T, D), 0 for [CLS]
-        converted[key] = value
-    return converted
-
-
-def from_beit(weights: dict) -> dict:
-    """timm's BEiT -> ours: layer scales are multiplied into the matrices before them."""
-    if "blocks.0.attn.q_bias" not in weights:
-        return weights
-    log("--init teacher: the student has no place for BEiT's relative positions: left out")
-    weights = {key.replace("fc_norm.", "norm."): value for key, value in weights.items()
-               if not key.endswith("bias_table")}
-    for l in range(block_count(weights, "blocks.")):
-        block = f"blocks.{l}."
-        q = weights.pop(f"{block}attn.q_bias")
-        v = weights.pop(f"{block}attn.v_bias")
-        weights[f"{block}attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])  # (3 * D,)
-        for gamma, linear in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
-            scale = weights.pop(block + gamma)
-            weights[f"{block}{linear}.weight"] = scale[:, None] * weights[f"{block}{linear}.weight"]
-            weights[f"{block}{linear}.bias"] = scale * weights[f"{block}{linear}.bias"]
-    return weights
+    fairseq = any(str(key).startswith("modality_encoders.") for key in content)
+    if content.get("layer_norm_first") or (fairseq and "norm.weight" in content):
+        return True
+    return any(layer_norm_first(value) for value in content.values())
 
 
 def block_count(weights: dict, prefix: str) -> int:
-    below = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
-    return len({key.split(".")[0] for key in below})
+    return sum(key.startswith(prefix) and key.endswith(".norm1.weight") for key in weights)
 
 
 def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> None:
-    """A student from a network at least as deep: its embedding, and as many of its blocks as
-    fit, the first or evenly spaced."""
+    """From a network at least as deep: all but its blocks, and of those as many as fit."""
     L = block_count(weights, "blocks.")
     depth = len(backbone.blocks)
-    kinds = ["prenorm" if "norm.weight" in names else "postnorm"
-             for names in (weights, backbone.state_dict())]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{source} has {kinds[0]} blocks: pass --student {kinds[0]}")
+    kind = "prenorm" if "norm.weight" in weights else "postnorm"
+    if (kind == "postnorm") != backbone.blocks[0].post_norm:
+        raise InputError(f"{source} has {kind} blocks: pass --student {kind}")
     if L < depth:
-        raise InputError(f"{source} has {L} blocks, fewer than the student's {depth}: lower "
-                         f"--depth")
+        raise InputError(f"{source} has {L} blocks, fewer than --depth {depth}")
     chosen = list(range(depth))
     if which == "spaced":
         chosen = torch.linspace(0, L - 1, depth).round().int().tolist()
-    picked = {"pos_embed": backbone.pos_embed}  # BEiT has no positions of its own
-    for key, value in weights.items():
-        if not key.startswith("blocks."):
-            picked[key] = value
+    picked = {key: value for key, value in weights.items() if not key.startswith("blocks.")}
     for i, l in enumerate(chosen):
-        block = f"blocks.{l}."
         for key, value in weights.items():
-            if key.startswith(block):
-                picked[f"blocks.{i}.{key.removeprefix(block)}"] = value
+            if key.startswith(f"blocks.{l}."):
+                picked[key.replace(f"blocks.{l}.", f"blocks.{i}.")] = value
     load_weights(backbone, picked, source)
-    log(f"the student starts from blocks {' '.join(str(l + 1) for l in chosen)} of the {L} of "
-        f"{source}")
+    numbers = " ".join(str(l + 1) for l in chosen)
+    log(f"the student starts from blocks {numbers} of the {L} of {source}")
 
 
 if __name__ == "__main__":

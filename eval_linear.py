@@ -9,28 +9,23 @@ one forward pass, so the grid costs next to nothing:
                          or both        does not matter
 
 Each probe has the L2 penalty of scikit-learn's logistic regression (C = 1: half the squared weights
-over the number of images, next to nothing on ImageNet), and ends within a point of it. A tenth of
-the training images, the same share of each class, is held out: by it each layer chooses its rate.
-Then the chosen probes, as they are, look at the test images once. `--layers all` gives the
-multi-exit curve (SDSSL, Fig. 3). `--cached` makes every feature once, from whole images.
+over the number of images), and ends within a point of it. A tenth of the training images, the same
+share of each class, is held out: by it each layer chooses its rate. Then the test images are looked
+at, once. `--layers all` gives the multi-exit curve (SDSSL, Fig. 3). `--cached` makes every feature
+once, from whole images.
 
-Fine-tuning (`--finetune all` or `head`). Pooled tokens -> LayerNorm -> linear, AdamW, layer decay:
+Fine-tuning (`--finetune all` or `head`). Pooled tokens -> LayerNorm -> linear, AdamW, with timm's
+Mixup, CutMix, RandAugment, random erasing and layer decay:
 
     lr_l = lr * d^(L+1-l)     layer 0: patch projection, [CLS], positions ...       d2v_kd, Eq. 7
                               layer L+1: norms and head
 
-Layer decay, Mixup, CutMix, RandAugment and random erasing are timm's. It learns from all images,
-but for --holdout.
-
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --layers all
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --cached --pool both
     python eval_linear.py --checkpoint runs/sdssl/checkpoint.pth --data digits --finetune all
-    python eval_linear.py --compare runs/linear-0 runs/linear-1 runs/plain-0 runs/plain-1
-                                                             multi-exit curves, mean over seeds
-    python eval_linear.py --checkpoint FILE --data cifar10 pets DIR --finetune all
-                                                             a table of several data sets
-    torchrun --nproc_per_node=8 eval_linear.py --arch vit_small --patch_size 16 --checkpoint FILE \
-        --data DIR --layers all
+    python eval_linear.py --checkpoint FILE --data cifar10 pets DIR --finetune all    # one table
+    python eval_linear.py --compare runs/a-0 runs/a-1 runs/b-0    # multi-exit curves, mean of seeds
+    torchrun --nproc_per_node=8 eval_linear.py --checkpoint FILE --data DIR --layers all
 
 --output_dir gets checkpoint.pth, log.jsonl, curves.png, results.json and, with --layers all,
 multi_exit.png.
@@ -45,16 +40,16 @@ multi_exit.png.
     cosine               each epoch            each epoch            each step
     chosen               the epoch, by test    the epoch, by test    the rate, by held-out images
 
-All random numbers are functions of (seed, step, place in the global batch), timm's too, whose
-generators are seeded for each call; Mixup pairs images of the global batch. So the number of
-processes does not matter (but for timm's own CNNs, fine-tuned: their BatchNorm is per process).
-Crops are resized bilinearly, whole images bicubically.
+All random numbers are functions of (seed, step, place in the global batch), timm's too, so the
+number of processes does not matter (but for timm's own CNNs, fine-tuned: their BatchNorm is per
+process). Crops are resized bilinearly, whole images bicubically.
 
 Symbols: B images of this process, M of the global batch, L layers, D width, R rates, C classes, S
 side of an image.
 """
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -82,36 +77,33 @@ from common import (DATASETS, BatchNorm, ImageData, InputError, Parser, Run, Vie
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
 WHOLE = dict(scale=(0.9, 1.0), flip=0.0)  # by trial: a digit that is cut or flipped is another one
 PROBE_RECIPES = {
-    "digits": dict(epochs=200, batch_size=128, lr=RATES, views=WHOLE),
-    "mnist": dict(epochs=20, batch_size=256, lr=RATES, views=WHOLE),
-    "cifar10": dict(epochs=90, batch_size=256, lr=RATES, views=dict(scale=(0.3, 1.0))),
-    "imagenet": dict(  # MoCo v3
-        epochs=90, batch_size=1024, lr=RATES, views=dict(scale=(0.08, 1.0))),
+    "digits": dict(epochs=200, batch_size=128, views=WHOLE),
+    "mnist": dict(epochs=20, batch_size=256, views=WHOLE),
+    "cifar10": dict(epochs=90, batch_size=256, views=dict(scale=(0.3, 1.0))),
+    "imagenet": dict(epochs=90, batch_size=1024, views=dict(scale=(0.08, 1.0))),  # MoCo v3
 }
-TIMM = dict(lr=[1e-3], weight_decay=0.01, mixup=0.8, cutmix=1.0, smoothing=0.1,
+TIMM = dict(epochs=15, batch_size=256, warmup_epochs=1.5, lr=[1e-3], weight_decay=0.01,
+            layer_decay=0.75, mixup=0.8, cutmix=1.0, smoothing=0.1,
             randaugment="rand-m9-mstd0.5-inc1", erasing=0.25)
 GENTLE = TIMM | dict(lr=dict(all=[1e-3], head=[3e-2]), mixup=0.2, cutmix=0.0, randaugment="none",
                      erasing=0.0, views=WHOLE)
 FINETUNE_RECIPES = {
     # by trial, and so is MNIST's
-    "digits": dict(epochs=40, batch_size=128, warmup_epochs=4, layer_decay=0.75, **GENTLE),
-    "mnist": dict(epochs=10, batch_size=256, warmup_epochs=1, layer_decay=0.75, **GENTLE),
+    "digits": GENTLE | dict(epochs=40, batch_size=128, warmup_epochs=4),
+    "mnist": GENTLE | dict(epochs=10, warmup_epochs=1),
     # d2v_kd, which enlarges CIFAR to 224 pixels; the crops of 32 pixels are ours
-    "cifar10": dict(epochs=15, batch_size=256, warmup_epochs=1.5, layer_decay=0.75,
-                    views=dict(scale=(0.3, 1.0)), **TIMM),
+    "cifar10": TIMM | dict(views=dict(scale=(0.3, 1.0))),
     # d2v_kd, for its 6 blocks: 0.81 is the root of the 0.65 that Data2Vec2 has for 12
-    "imagenet": dict(epochs=15, batch_size=256, warmup_epochs=1.5, layer_decay=0.81,
-                     views=dict(scale=(0.08, 1.0)), **TIMM),
+    "imagenet": TIMM | dict(layer_decay=0.81, views=dict(scale=(0.08, 1.0))),
 }
-MIX_PROB = 0.9  # d2v_kd: how often images are mixed
-SWITCH_PROB = 0.5  # and how often then by CutMix
 EVAL_BATCH = 256  # images per process when nothing is learnt
+VECTORS = dict(cls=1, mean=1, both=2)  # of a pooled feature
 
-# ------------------------------------------------------------------------------------- features
+# -------------------------------------------------------------------------- features and models
 
 
 def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> list[Tensor]:
-    """Images (B, 3, H, W) -> features of all layers, or of the last one alone: a list of (B, D_l),
+    """Images (B, 3, S, S) -> features of all layers, or of the last one alone: a list of (B, D_l),
     each after the final norm.
 
     pool: [CLS] (of timm's models their own output), the mean of the patch tokens, or both side by
@@ -128,69 +120,42 @@ def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> li
     return features
 
 
-def pooled_dims(backbone: nn.Module, pool: str, layers: bool) -> list[int]:
-    """The widths of `pooled_layers`."""
-    dims = backbone.layer_dims if layers else [backbone.embed_dim]
-    return [2 * D if pool == "both" else D for D in dims]
-
-
 class FrozenLayers(nn.Module):
-    """`pooled_layers` of a backbone that stays as it is: BatchNorm neither uses nor keeps a
-    batch's statistics."""
+    """Images (B, 3, S, S) -> `pooled_layers` (B, L, D) of a backbone that stays as it is.
+
+    Narrower layers (a ResNet's lower stages) end in zeros, which add nothing to a probe.
+    """
 
     def __init__(self, backbone: nn.Module, pool: str, layers: bool):
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
         self.pool = pool
         self.all_layers = layers
+        self.width = VECTORS[pool] * backbone.embed_dim
 
     @torch.no_grad()
-    def forward(self, x: Tensor, layers: bool = True) -> list[Tensor]:
-        return pooled_layers(self.backbone, x, self.pool, self.all_layers)
-
-
-# --------------------------------------------------------------------------------------- models
+    def forward(self, x: Tensor, layers: bool = False) -> Tensor:
+        features = pooled_layers(self.backbone, x, self.pool, self.all_layers)
+        return torch.stack([F.pad(f, (0, self.width - f.shape[1])) for f in features], 1)
 
 
 class Probes(nn.Module):
-    """Linear classifiers of L layers x R learning rates at once: L features (B, D_l) -> logits
-    (L, B, R, C), in fp32.
+    """Linear classifiers of L layers x R learning rates at once: features (B, L, D) -> logits
+    (L, B, R, C), in fp32. Weights start as in MoCo v3, those of one layer alike."""
 
-    Narrower layers (a ResNet's lower stages) are padded with zeros, which add nothing. Weights
-    start as in MoCo v3, those of one layer alike.
-    """
-
-    def __init__(self, dims: list[int], rates: int, classes: int):
+    def __init__(self, L: int, D: int, rates: int, classes: int):
         super().__init__()
-        L = len(dims)
-        D = max(dims)
         self.rates = rates
         self.norm = BatchNorm(L * D, eps=1e-6, affine=False)
         weight = 0.01 * torch.randn(L, D, classes)
         self.weight = nn.Parameter(weight.repeat(1, 1, rates))  # (L, D, R*C)
         self.bias = nn.Parameter(torch.zeros(L, 1, rates * classes))
 
-    def padded(self, feature: Tensor) -> Tensor:
-        """(B, D_l) -> (B, D), D that of the widest layer."""
-        return F.pad(feature, (0, self.weight.shape[1] - feature.shape[1]))
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        with torch.autocast(features[0].device.type, enabled=False):
-            x = torch.stack([self.padded(f.float()) for f in features], 1)  # (B, L, D)
-            x = self.norm(x.flatten(1)).view_as(x).transpose(0, 1)  # (L, B, D)
-            logits = torch.baddbmm(self.bias, x, self.weight)  # (L, B, R*C)
-            return logits.unflatten(2, (self.rates, -1))  # (L, B, R, C)
-
-    def standardize_by(self, features: list[Tensor]) -> None:
-        """Takes mean and variance of all training features (n, D_l) in place of each batch's."""
-        statistics = [torch.var_mean(self.padded(f), 0) for f in features]
-        self.norm.running_var.copy_(torch.cat([variance for variance, _ in statistics]))  # (L*D,)
-        self.norm.running_mean.copy_(torch.cat([mean for _, mean in statistics]))
-        self.norm.eval()
-
-    def penalty(self) -> Tensor:
-        """(L, R): half the squared weights of each probe."""
-        return self.weight.unflatten(2, (self.rates, -1)).pow(2).sum((1, 3)) / 2
+    @fp32
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.flatten(1)).view_as(x).transpose(0, 1)  # (L, B, D)
+        logits = torch.baddbmm(self.bias, x, self.weight)  # (L, B, R*C)
+        return logits.unflatten(2, (self.rates, -1))  # (L, B, R, C)
 
 
 class Classifier(nn.Module):
@@ -199,15 +164,15 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, pool: str, classes: int, head_only: bool):
         super().__init__()
-        width, = pooled_dims(backbone, pool, layers=False)
         self.backbone = backbone.requires_grad_(not head_only)
         self.backbone.train(not head_only)  # a frozen one keeps its BatchNorm statistics
         self.pool = pool
         if pool != "cls" and backbone.has_tokens:
-            for name in ("fc_norm", "attn_pool"):  # of timm's own pooling, which this goes past
-                part = getattr(getattr(backbone, "model", None), name, None)
-                if part is not None:
-                    part.requires_grad_(False)
+            # a timm model's own pooling, which its tokens go past
+            for name, module in backbone.named_modules():
+                if name in ("model.fc_norm", "model.attn_pool"):
+                    module.requires_grad_(False)
+        width = VECTORS[pool] * backbone.embed_dim
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
@@ -218,8 +183,24 @@ class Classifier(nn.Module):
         return self.head(self.norm(h))[None, :, None]  # (1, B, 1, C)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """For timm's layer decay: what neither rule names, norms and head, is layer L+1."""
-        return layer_rules(self.backbone)
+        """For timm's layer decay: regular expressions of layer 0 ("stem") and of layers 1 to L
+        ("blocks"). What neither names, norms and head, is layer L+1."""
+        stem = "cls_token|pos_embed|patch_embed|norm_pre|conv1|bn1"
+        blocks = r"(?:blocks\.|layer)(\d+)"
+        timm_model = getattr(self.backbone, "model", None)
+        if hasattr(timm_model, "group_matcher"):
+            rules = timm_model.group_matcher(coarse=False)
+            stem = f"{stem}|{rules['stem']}"
+            blocks = rules["blocks"]
+        if isinstance(blocks, str):
+            blocks = [(blocks, None)]
+
+        def ours(rule: str) -> str:
+            return rf"backbone\.(?:model\.)?(?:{rule.replace('^', '')})"
+
+        # timm puts its last norms into the last block, by this suffix
+        blocks = [(ours(rule), suffix) for rule, suffix in blocks if suffix != (99999,)]
+        return dict(stem=ours(stem), blocks=blocks)
 
 
 def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> list[dict]:
@@ -234,28 +215,6 @@ def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> 
                                     layer_decay=decay)
 
 
-def layer_rules(backbone: nn.Module) -> dict:
-    """Regular expressions of the parameters of layer 0 ("stem") and of layers 1 to L ("blocks"); a
-    timm model's own, but for its norms, which belong to the head's layer."""
-    stem = "cls_token|pos_embed|patch_embed|norm_pre|conv1|bn1"
-    blocks = [(r"(?:blocks\.|layer)(\d+)", None)]
-    prefix = r"backbone\."
-    timm_model = getattr(backbone, "model", None)
-    if hasattr(timm_model, "group_matcher"):
-        rules = timm_model.group_matcher(coarse=False)
-        prefix = r"backbone\.model\."
-        stem = f"{stem}|{rules['stem']}"
-        blocks = rules["blocks"]
-        if isinstance(blocks, str):
-            blocks = [(blocks, None)]
-
-    def below(rule: str) -> str:
-        return f"{prefix}(?:{rule.replace('^', '')})"
-
-    return dict(stem=below(stem),
-                blocks=[(below(rule), suffix) for rule, suffix in blocks if not suffix])
-
-
 @fp32
 def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy (L, B, R) of logits (L, B, R, C) with labels (B,) or soft targets (B, C)."""
@@ -267,7 +226,15 @@ def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
     return losses.view(L, B, R)
 
 
-# -------------------------------------------------------------------------- timm's augmentations
+# ------------------------------------------------------------------ data, timm's augmentations
+
+
+class IndexLoader(ViewLoader):
+    """A ViewLoader that says which images a step has and makes no views of them."""
+
+    def steps(self, start: int, stop: int):
+        for step in range(start, stop):
+            yield step, [], self.index(step)
 
 
 def seed_globals(*key: int) -> None:
@@ -283,15 +250,15 @@ class RandAugmentLoader(ViewLoader):
     """A ViewLoader whose crops pass through timm's RandAugment, before the flip, in the workers:
     images in memory too."""
 
-    def __init__(self, *arguments, config: str, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, *settings, config: str):
+        super().__init__(*settings)
         self.in_workers = True
         self.config = config
         # magnitudes stay just below 10: there -inc1 posterizes to 0 bits, which Pillow refuses
-        settings = dict(translate_const=int(0.45 * self.views[0].size), magnitude_max=9.99,
-                        img_mean=(124, 116, 104))
+        limits = dict(translate_const=int(0.45 * self.views[0].size), magnitude_max=9.99,
+                      img_mean=(124, 116, 104))
         try:
-            self.transform = rand_augment_transform(config, settings)
+            self.transform = rand_augment_transform(config, limits)
         except (AssertionError, ValueError):
             raise InputError(f"--randaugment {config} is not understood: use such as "
                              f"rand-m9-mstd0.5-inc1, or none") from None
@@ -310,18 +277,9 @@ class RandAugmentLoader(ViewLoader):
         return [(crops, u)]
 
 
-class IndexLoader(ViewLoader):
-    """A ViewLoader that says which images a step has and makes no views of them."""
-
-    def steps(self, start: int, stop: int):
-        for step in range(start, stop):
-            yield step, [], self.index(step)
-
-
 def erase(x: Tensor, erasing: RandomErasing, seed: int, step: int) -> Tensor:
     """timm's random erasing of this process's images (B, 3, S, S), in place."""
-    first = local_rows(len(x) * world_size()).start
-    for place, image in enumerate(x, first):  # in the global batch
+    for place, image in enumerate(x, rank() * len(x)):  # in the global batch
         seed_globals(seed, step, 1003, place)
         erasing(image)
     return x
@@ -341,152 +299,31 @@ def mix(x: Tensor, labels: Tensor, mixup: Mixup, seed: int, step: int) -> tuple[
     return x[mine], targets[mine]
 
 
-# ----------------------------------------------------------------------------- data, evaluation
-
-
-def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, ImageData | None]:
-    """-> the labelled images to learn from and, the same share of each class, those to choose by
-    (None where share is 0)."""
+def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, ImageData]:
+    """-> the labelled images to learn from, and a share of each class to choose by."""
     order = torch.from_numpy(np.random.default_rng([seed, 1005]).permutation(len(data)))
     order = order[data.labels[order] >= 0]
     order = order[data.labels[order].argsort(stable=True)]  # class after class, each shuffled
     # one of every 1 / share images, where the running sum of the shares passes a whole number
     sums = np.floor(np.arange(len(order) + 1) * share + 1e-9)
     held = torch.from_numpy(np.diff(sums) > 0)  # (n,)
-    kept = data.subset(order[~held].sort().values)
-    if not share:
-        return kept, None
-    if not held.any():
+    if share and not held.any():
         raise InputError(f"{len(order)} labelled training images are too few to hold out {share:g} "
                          f"of them: raise --holdout")
-    return kept, data.subset(order[held].sort().values)
-
-
-def labelled_data(args) -> tuple[ImageData, ImageData | None, ImageData]:
-    """-> training, held-out and test images, all with labels."""
-    train, test = load_data(args.data, args.data_path)
-    if test is None or not (train.labelled and test.labelled):
-        raise InputError(f"{args.data} has no labels on one side, and this evaluation learns from "
-                         f"them: give it train/CLASS and val/CLASS folders, or use eval_knn.py "
-                         f"--features")
-    differing = sorted({*train.labels.tolist()} ^ {*test.labels.tolist()})
-    names = [str(train.classes[i]) for i in differing if i >= 0]
-    if names:
-        raise InputError(f"{args.data}: training and test images have different classes "
-                         f"({', '.join(names[:3])})")
-    train, held = hold_out(train, args.holdout, args.seed)
-    test, _ = hold_out(test, 0.0, args.seed)
-    for name, data in {"held-out": held, "test": test}.items():
-        if data and len(data) < world_size():
-            raise InputError(f"{len(data)} {name} images are too few for {world_size()} processes")
-    return train, held, test
-
-
-@torch.no_grad()
-def evaluate(predict, data: ImageData, meta: dict, device, args, name: str) -> Tensor:
-    """predict: whole images (B, 3, S, S) -> logits (L, B, R, C). -> (3, L, R): top-1 and top-5 in
-    per cent, and the loss."""
-    mine = torch.arange(rank(), len(data), world_size())  # the processes share the images
-    batches = eval_batches(data, mine, meta["img_size"], device, EVAL_BATCH, args.num_workers,
-                           meta["mean"], meta["std"])
-    labels_of_batches = data.labels[mine].to(device).split(EVAL_BATCH)
-    total = 0
-    bar = progress(batches, total=len(labels_of_batches), desc=f"{name} images", leave=False)
-    for x, labels in zip(bar, labels_of_batches, strict=True):
-        with autocast(device, args.dtype):
-            logits = predict(x).float()  # (L, B, R, C)
-        best = logits.topk(min(5, logits.shape[-1])).indices  # (L, B, R, 5)
-        hits = (best == labels[:, None, None]).float()
-        top1 = 100 * hits[..., 0]  # (L, B, R)
-        top5 = 100 * hits.sum(-1)
-        values = torch.stack([top1, top5, sample_losses(logits, labels)])  # (3, L, B, R)
-        total = total + values.sum(2)  # (3, L, R)
-    means = (mean_over_processes(total) * world_size() / len(data)).cpu()
-    if not means.isfinite().all():
-        log(f"stopped: the loss of the {name} images is not finite")
-        sys.exit(1)
-    return means
-
-
-def best_rates(top1: Tensor, loss: Tensor, images: int) -> Tensor:
-    """The rate (L,) of least loss (L, R) among those whose top-1 (L, R) is within a standard error
-    of the layer's best: on few images top-1 is mostly luck and the loss decides, on many top-1."""
-    best = top1.amax(1, keepdim=True)  # (L, 1) in per cent
-    error = (best * (100 - best) / images).sqrt()
-    return torch.where(top1 >= best - error, loss, torch.inf).argmin(1)
-
-
-def choose_and_test(args, run: Run, network: nn.Module, predict, L: int, meta: dict, device,
-                    held: ImageData | None, test: ImageData) -> list[dict]:
-    """Chooses the rate of each of L layers by the held-out images; the chosen ones look at the test
-    images, once -> a row for each layer. predict: as of `evaluate`."""
-    if run.stop < run.total:
-        log(f"stopped by --max_steps after {run.stop} of {run.total} steps: the test images have "
-            f"not been looked at")
-        return []
-    network.eval()
-    grid = None
-    choice = [0] * L
-    if held:
-        grid = evaluate(predict, held, meta, device, args, "held-out")  # (3, L, R)
-        choice = best_rates(grid[0], grid[2], len(held)).tolist()
-        if len(args.lr) > 1 and {0, len(args.lr) - 1} & set(choice):
-            log("a chosen learning rate is at the edge of the grid: a wider --lr may do better")
-
-    def predict_chosen(x):
-        logits = predict(x)  # (L, B, R, C)
-        chosen = torch.stack([logits[l, :, r] for l, r in enumerate(choice)])  # (L, B, C)
-        return chosen[:, :, None]  # (L, B, 1, C)
-
-    tested = evaluate(predict_chosen, test, meta, device, args, "test")  # (3, L, 1)
-    rows = []
-    for l, r in enumerate(choice):
-        row = dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=None)
-        if held:
-            row["val_top1"] = grid[0, l, r].item()
-        row["test_top1"] = tested[0, l, 0].item()
-        row["test_top5"] = tested[1, l, 0].item()
-        rows.append(row)
-    report(run.folder, rows, grid, args)
-    return rows
-
-
-def report(folder: Path, rows: list[dict], grid: Tensor | None, args) -> None:
-    """Prints the table and writes results.json; for several layers also the multi-exit curve."""
-    log(f"{'layer':>6} {'lr':>8} {'val top-1 %':>12} {'test top-1 %':>13} {'test top-5 %':>13}")
-    for row in rows:
-        val = "-" if row["val_top1"] is None else f"{row['val_top1']:.2f}"
-        log(f"{row['layer']:>6} {row['lr']:>8g} {val:>12} {row['test_top1']:13.2f} "
-            f"{row['test_top5']:13.2f}")
-    if rank() > 0:
-        return
-    validated = None if grid is None else grid[0].tolist()
-    results = {"rows": rows, "val_top1_of_layers_and_rates": validated, "args": vars(args)}
-    with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-    if len(rows) > 1:
-        top1 = torch.tensor([[row["test_top1"] for row in rows]])  # (1, L)
-        draw_multi_exit({folder.name: top1}, folder / "multi_exit.png")
+    return data.subset(order[~held].sort().values), data.subset(order[held].sort().values)
 
 
 # ------------------------------------------------------------------------------------- training
 
 
-def plan_run(args, loader: ViewLoader, meta: dict, peak_lr: float, **parts) -> tuple:
-    """-> the run, and its learning rates: a value for each step, a cosine down to 0."""
-    run = Run(args, loader, {**meta, "pool": args.pool}, **parts)
-    warmup = int((args.warmup_epochs or 0) * loader.steps_per_epoch)
-    return run, cosine_schedule(peak_lr, 0.0, run.total, warmup)
-
-
-def train_probes(args, backbone: nn.Module, meta: dict, device, data: ImageData,
-                 held: ImageData | None, test: ImageData) -> list[dict]:
-    """Probes of frozen features -> what `report` prints."""
+def train_probes(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, nn.Module]:
+    """Probes of frozen features -> the run, and the backbone with its probes."""
     # networks
-    layers = args.layers == "all"
-    frozen = FrozenLayers(backbone, args.pool, layers)
-    dims = pooled_dims(backbone, args.pool, layers)
-    probes = Probes(dims, len(args.lr), len(data.classes)).to(device)
+    data = loader.data
+    device = loader.device
+    frozen = FrozenLayers(backbone, args.pool, args.layers == "all")
+    L = len(backbone.layer_dims) if args.layers == "all" else 1
+    probes = Probes(L, frozen.width, len(args.lr), len(data.classes)).to(device)
     model = distributed(probes)
     if args.compile:
         frozen.compile()
@@ -495,17 +332,18 @@ def train_probes(args, backbone: nn.Module, meta: dict, device, data: ImageData,
     rates = torch.tensor(args.lr, device=device)  # (R,)
 
     # the run
-    kind = IndexLoader if args.cached else ViewLoader
-    loader = kind(data, [View(meta["img_size"], **args.views)], args.batch_size, args.seed, device,
-                  args.num_workers, meta["mean"], meta["std"])
-    run, lr = plan_run(args, loader, {**meta, "method": "linear", "network": None},
-                       args.batch_size / 256, probes=probes, optimizer=optimizer)
+    meta = {**meta, "pool": args.pool, "method": "linear", "network": None}
+    run = Run(args, loader, meta, probes=probes, optimizer=optimizer)
+    lr = cosine_schedule(args.batch_size / 256, 0.0, run.total)
     if args.cached and run.start < run.stop:
-        cache = extract_features(frozen, data, meta["img_size"], device, layers=True,
-                                 dtype=args.dtype, num_workers=args.num_workers, mean=meta["mean"],
-                                 std=meta["std"])
-        cache = [features.to(device) for features in cache]  # L of (n, D_l)
-        probes.standardize_by(cache)
+        cache, = extract_features(frozen, data, meta["img_size"], device, dtype=args.dtype,
+                                  num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])
+        cache = cache.to(device)  # (n, L, D)
+        # mean and variance of all images in place of each batch's
+        variance, mean = torch.var_mean(cache.flatten(1), 0)  # (L*D,) each
+        probes.norm.running_var.copy_(variance)
+        probes.norm.running_mean.copy_(mean)
+        probes.norm.eval()
 
     for step, views, index in run.steps():  # a view (B, 3, S, S), but of cached features
         # schedule
@@ -515,8 +353,7 @@ def train_probes(args, backbone: nn.Module, meta: dict, device, data: ImageData,
         # features of the layers, without gradient
         labels = data.labels[index].to(device)  # (B,)
         if args.cached:
-            index = index.to(device)
-            features = [layer[index] for layer in cache]  # L of (B, D_l)
+            features = cache[index.to(device)]  # (B, L, D)
         else:
             with autocast(device, args.dtype):
                 features = frozen(views[0])
@@ -524,8 +361,8 @@ def train_probes(args, backbone: nn.Module, meta: dict, device, data: ImageData,
         # losses of the probes
         logits = model(features)  # (L, B, R, C)
         losses = sample_losses(logits, labels).mean(1)  # (L, R)
-        penalty = args.weight_decay * probes.penalty()
-        loss = ((losses + penalty) * rates).sum()
+        squares = probes.weight.unflatten(2, (len(rates), -1)).pow(2).sum((1, 3))  # (L, R)
+        loss = ((losses + args.weight_decay * squares / 2) * rates).sum()
 
         # backward and step
         optimizer.zero_grad(set_to_none=True)
@@ -534,21 +371,18 @@ def train_probes(args, backbone: nn.Module, meta: dict, device, data: ImageData,
 
         # log, check and save, where it is due: the mean over a layer's rates, and over all
         logged = {}
-        if len(losses) > 1:
+        if L > 1:
             logged = {f"loss_layer{l}": layer.mean() for l, layer in enumerate(losses, 1)}
         logged["loss"] = losses.mean()
         run.end_step(step, logged, lr=float(lr[step]) * max(args.lr))
-
-    def predict(x):
-        return probes(frozen(x))
-
-    return choose_and_test(args, run, probes, predict, len(dims), meta, device, held, test)
+    return run, nn.Sequential(frozen, probes)
 
 
-def finetune(args, backbone: nn.Module, meta: dict, device, data: ImageData,
-             held: ImageData | None, test: ImageData) -> list[dict]:
-    """A classifier that brings its backbone along -> what `report` prints."""
+def finetune(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, nn.Module]:
+    """A classifier that brings its backbone along -> the run, and the classifier."""
     # networks
+    data = loader.data
+    device = loader.device
     C = len(data.classes)
     student = Classifier(backbone, args.pool, C, args.finetune == "head").to(device)
     model = distributed(student)
@@ -563,23 +397,16 @@ def finetune(args, backbone: nn.Module, meta: dict, device, data: ImageData,
         + " ".join(f"{peak_lr * scale:.1e}" for scale in scales))
 
     # augmentations
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, prob=MIX_PROB, switch_prob=SWITCH_PROB,
-                      label_smoothing=args.smoothing, num_classes=C)
-    erasing = None
-    if args.erasing:  # drawn on the CPU: the same pixels on every device
-        erasing = RandomErasing(args.erasing, mode="pixel", device="cpu")
+    mixup = Mixup(args.mixup, args.cutmix, prob=0.9, switch_prob=0.5,  # d2v_kd
+                  label_smoothing=args.smoothing, num_classes=C)
+    # drawn on the CPU: the same pixels on every device
+    erasing = RandomErasing(args.erasing, mode="pixel", device="cpu")
 
     # the run
-    settings = (data, [View(meta["img_size"], **args.views)], args.batch_size, args.seed, device,
-                args.num_workers, meta["mean"], meta["std"])
-    if args.randaugment == "none":
-        loader = ViewLoader(*settings)
-    else:
-        loader = RandAugmentLoader(*settings, config=args.randaugment)
-    run, lr = plan_run(args, loader, {**meta, "method": "finetune", "network": "student"}, peak_lr,
-                       student=student, optimizer=optimizer, scaler=scaler)
+    meta = {**meta, "pool": args.pool, "method": "finetune", "network": "student"}
+    run = Run(args, loader, meta, student=student, optimizer=optimizer, scaler=scaler)
+    warmup = int(args.warmup_epochs * run.steps_per_epoch)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
 
     for step, (x,), index in run.steps():  # one view (B, 3, S, S)
         # schedules
@@ -589,9 +416,9 @@ def finetune(args, backbone: nn.Module, meta: dict, device, data: ImageData,
         # images, erased and mixed
         targets = data.labels[index].to(device)  # (B,)
         smoothing = args.smoothing
-        if erasing:
+        if args.erasing:
             x = erase(x, erasing, args.seed, step)
-        if mixup:
+        if args.mixup or args.cutmix:
             x, targets = mix(x, targets, mixup, args.seed, step)  # (B, C), smoothed
             smoothing = 0.0
 
@@ -608,7 +435,85 @@ def finetune(args, backbone: nn.Module, meta: dict, device, data: ImageData,
 
         # log, check and save, where it is due
         run.end_step(step, {"loss": loss}, lr=float(lr[step]))
-    return choose_and_test(args, run, student, student, 1, meta, device, held, test)
+    return run, student
+
+
+# ------------------------------------------------------------------------------------- accuracy
+
+
+@torch.no_grad()
+def evaluate(run: Run, network: nn.Module, data: ImageData, name: str) -> Tensor:
+    """Whole images through a network with logits (L, B, R, C) -> (3, L, R): top-1 and top-5 in per
+    cent, and the loss."""
+    loader = run.loader
+    mine = torch.arange(rank(), len(data), world_size())  # the processes share the images
+    batches = eval_batches(data, mine, run.meta["img_size"], loader.device, EVAL_BATCH,
+                           loader.num_workers, loader.mean, loader.std)
+    labels_of_batches = data.labels[mine].to(loader.device).split(EVAL_BATCH)
+    total = 0
+    bar = progress(batches, total=len(labels_of_batches), desc=f"{name} images", leave=False)
+    for x, labels in zip(bar, labels_of_batches, strict=True):
+        with autocast(loader.device, run.args.dtype):
+            logits = network(x).float()  # (L, B, R, C)
+        best = logits.topk(min(5, logits.shape[-1])).indices  # (L, B, R, 5)
+        hits = 100.0 * (best == labels[:, None, None])
+        values = [hits[..., 0], hits.sum(-1), sample_losses(logits, labels)]  # (L, B, R) each
+        total = total + torch.stack(values).sum(2)  # (3, L, R)
+    means = (mean_over_processes(total) * world_size() / len(data)).cpu()
+    if not means.isfinite().all():
+        log(f"stopped: the loss of the {name} images is not finite")
+        sys.exit(1)
+    return means
+
+
+def best_rates(top1: Tensor, loss: Tensor, images: int) -> Tensor:
+    """The rate (L,) of least loss (L, R) among those whose top-1 (L, R) is within a standard error
+    of the layer's best: on few images top-1 is mostly luck and the loss decides, on many top-1."""
+    best = top1.amax(1, keepdim=True)  # (L, 1) in per cent
+    error = (best * (100 - best) / images).sqrt()
+    return torch.where(top1 >= best - error, loss, torch.inf).argmin(1)
+
+
+def choose_and_test(run: Run, network: nn.Module, held: ImageData, test: ImageData) -> list[dict]:
+    """Chooses each layer's rate by the held-out images, then looks at the test images, once. Prints
+    and writes a row for each layer, and returns them."""
+    args = run.args
+    if run.stop < run.total:
+        log(f"stopped by --max_steps after {run.stop} of {run.total} steps: the test images have "
+            f"not been looked at")
+        return []
+    network.eval()
+    grid = None
+    if held:
+        val, _, loss = evaluate(run, network, held, "held-out")  # (L, R) each
+        grid = val.tolist()
+        choice = best_rates(val, loss, len(held)).tolist()
+        if len(args.lr) > 1 and {0, len(args.lr) - 1} & set(choice):
+            log("a chosen learning rate is at the edge of the grid: a wider --lr may do better")
+    top1, top5, _ = evaluate(run, network, test, "test").tolist()  # L of R each
+    if not held:  # there is one rate
+        choice = [0] * len(top1)
+    rows = []
+    for l, r in enumerate(choice):
+        row = dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=None,
+                   test_top1=top1[l][r], test_top5=top5[l][r])
+        if held:
+            row["val_top1"] = grid[l][r]
+        rows.append(row)
+    # the table, printed and as a file
+    log(f"{'layer':>6} {'lr':>8} {'val top-1 %':>12} {'test top-1 %':>13} {'test top-5 %':>13}")
+    for row in rows:
+        val = f"{row['val_top1']:.2f}" if held else "-"
+        log(f"{row['layer']:>6} {row['lr']:>8g} {val:>12} {row['test_top1']:13.2f} "
+            f"{row['test_top5']:13.2f}")
+    if rank() == 0:
+        results = {"rows": rows, "val_top1_of_layers_and_rates": grid, "args": vars(args)}
+        with replacing(run.folder / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+        if len(rows) > 1:
+            curve = [row["test_top1"] for row in rows]
+            draw_multi_exit({run.folder.name: [curve]}, run.folder / "multi_exit.png")
+    return rows
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -621,8 +526,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help=f"digits, {', '.join(DATASETS)}, or directories; one or several (default: digits)")
     add("--data_path", default="data", help="folder of named data sets (default: data)")
     add("--img_size", type=at_least(1), help="side in pixels (default: the checkpoint's, else 224)")
-    add("--holdout", type=at_least(0.0, 0.9),
-        help="share of the training images to choose by (default: 0.1; 0 for one --lr)")
+    add("--holdout", type=at_least(0.0, 0.9), help="share to choose by (0.1; for one --lr 0)")
     add_checkpoint_arguments(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--layers", default="last", choices=["last", "all"], help="layers to probe (default: last)")
@@ -634,8 +538,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--recipe", help="the data set whose recipe is used (default: by data and size)")
     add("--epochs", type=at_least(1))
     add("--batch_size", type=at_least(2), help="global, over all processes")
-    add("--lr", type=at_least(0.0), nargs="+",
-        help="for a batch of 256; scaled linearly; for probes a grid")
+    add("--lr", type=at_least(0.0), nargs="+", help="for a batch of 256; for probes a grid")
     add("--weight_decay", type=at_least(0.0), help="(for probes: 1 / images, scikit-learn's C = 1)")
     add("--max_steps", type=at_least(1), help="early end, without a test")
     add = parser.add_argument_group("fine-tuning (defaults: recipe)").add_argument
@@ -646,15 +549,83 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--smoothing", type=at_least(0.0, 0.99), help="of the labels")
     add("--erasing", type=at_least(0.0, 1.0), help="probability that a part is erased")
     add("--randaugment", help="timm's name, such as rand-m9-mstd0.5-inc1, or none")
-    add_system_arguments(parser, None)
+    add_system_arguments(parser, "runs/linear, or runs/finetune")
+    parser.set_defaults(output_dir=None)
     args = parser.parse_args(argv)
     if args.output_dir is None:
         args.output_dir = "runs/finetune" if args.finetune else "runs/linear"
     return args
 
 
-FINETUNING = ("warmup_epochs", "layer_decay", "mixup", "cutmix", "erasing", "smoothing",
-              "randaugment")
+def check_flags(args) -> None:
+    """Refuses flags of the other evaluation; fills in --holdout and the probes' --lr."""
+    if not args.finetune:
+        for name in ("warmup_epochs", "layer_decay", "mixup", "cutmix", "erasing", "smoothing",
+                     "randaugment"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for --finetune: probes have no augmentation but "
+                                 f"crops and flips")
+        args.lr = args.lr or RATES
+    several = args.lr is not None and len(args.lr) > 1
+    if args.finetune and (args.layers == "all" or args.cached or several):
+        raise InputError("--layers all, --cached and several --lr are for probes, not for "
+                         "--finetune")
+    if args.holdout is None:
+        args.holdout = 0.1 if several else 0.0
+    if several and args.holdout == 0:
+        raise InputError("--holdout 0 leaves no images to choose a learning rate by: pass a single "
+                         "--lr")
+
+
+def evaluate_on(args) -> list[dict]:
+    """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
+    check_flags(args)
+    device = setup(args)
+    # the network
+    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size,
+                                   args.network, args.num_heads)
+    arch = meta["backbone"]["arch"]
+    if args.pool in ("cls", "both") and not backbone.has_tokens:
+        raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")
+    if args.pool is None:
+        args.pool = "mean" if args.finetune else "cls"
+
+    # the images, all with labels
+    data, test = load_data(args.data, args.data_path)
+    if test is None or not (data.labelled and test.labelled):
+        raise InputError(f"{args.data} has no labels on one side, and this evaluation learns from "
+                         f"them: give it train/CLASS and val/CLASS folders, or use eval_knn.py "
+                         f"--features")
+    differing = sorted({*data.labels.tolist()} ^ {*test.labels.tolist()})
+    names = [str(data.classes[i]) for i in differing if i >= 0]
+    if names:
+        raise InputError(f"{args.data}: training and test images have different classes "
+                         f"({', '.join(names[:3])})")
+    data, held = hold_out(data, args.holdout, args.seed)
+    test, _ = hold_out(test, 0.0, args.seed)
+
+    # the recipe
+    apply_recipe(args, FINETUNE_RECIPES if args.finetune else PROBE_RECIPES, data)
+    if isinstance(args.lr, dict):
+        args.lr = args.lr[args.finetune]
+    if args.weight_decay is None:
+        args.weight_decay = 1 / len(data)
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise InputError(f"--batch_size {args.batch_size} is odd, and Mixup and CutMix pair the "
+                         f"images: make it even")
+    log(f"{len(held)} images held out, {len(test)} test images")
+
+    settings = (data, [View(meta["img_size"], **args.views)], args.batch_size, args.seed, device,
+                args.num_workers, meta["mean"], meta["std"])
+    if args.cached:
+        loader = IndexLoader(*settings)
+    elif args.randaugment in (None, "none"):
+        loader = ViewLoader(*settings)
+    else:
+        loader = RandAugmentLoader(*settings, config=args.randaugment)
+    train = finetune if args.finetune else train_probes
+    run, network = train(args, backbone.to(device), loader, meta)
+    return choose_and_test(run, network, held, test)
 
 
 def main() -> None:
@@ -683,97 +654,50 @@ def main() -> None:
             log(f"{rows[0]['layer']:>10} " + " ".join(f"{value:10.2f}" for value in values))
 
 
-def evaluate_on(args) -> list[dict]:
-    """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
-    refuse_mixed_flags(args)
-    device = setup(args)
-    backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size,
-                                   args.network, args.num_heads)
-    arch = meta["backbone"]["arch"]
-    if args.pool in ("cls", "both") and not backbone.has_tokens:
-        raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")
-    if args.pool is None:
-        args.pool = "mean" if args.finetune else "cls"
-    data, held, test = labelled_data(args)
-    apply_recipe(args, FINETUNE_RECIPES if args.finetune else PROBE_RECIPES, data)
-    if isinstance(args.lr, dict):
-        args.lr = args.lr[args.finetune]
-    if args.weight_decay is None:
-        args.weight_decay = 1 / len(data)
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise InputError(f"--batch_size {args.batch_size} is odd, and Mixup and CutMix pair the "
-                         f"images: make it even")
-    log(f"{len(held or [])} images held out, {len(test)} test images")
-    train = finetune if args.finetune else train_probes
-    return train(args, backbone.to(device), meta, device, data, held, test)
-
-
-def refuse_mixed_flags(args) -> None:
-    """Flags of the other evaluation, and a grid without images to choose by; fills in --holdout."""
-    for name in FINETUNING:
-        if getattr(args, name) is not None and not args.finetune:
-            raise InputError(f"--{name} is for --finetune: probes have no augmentation but crops "
-                             f"and flips")
-    rates = len(args.lr) if args.lr else len(RATES)
-    if args.finetune:
-        rates = len(args.lr) if args.lr else 1
-        if args.layers == "all" or args.cached or rates > 1:
-            raise InputError("--layers all, --cached and several --lr are for probes, not for "
-                             "--finetune")
-    if args.holdout is None:
-        args.holdout = 0.1 if rates > 1 else 0.0
-    if rates > 1 and args.holdout == 0:
-        raise InputError("--holdout 0 leaves no images to choose a learning rate by: pass a single "
-                         "--lr")
-
-
 # --------------------------------------------------------------------------- multi-exit curves
 
 
-def deviation(top1: Tensor) -> Tensor:
-    """Standard deviation over the runs, (runs, L) -> (L,); 0 of a single run."""
-    return top1.std(0, correction=min(len(top1) - 1, 1))
-
-
-def draw_multi_exit(curves: dict[str, Tensor], path: Path) -> None:
-    """Test top-1 over the layers: for each name (runs, L), the mean with a standard deviation."""
+def draw_multi_exit(runs: dict[str, list], path: Path) -> list[str]:
+    """Draws test top-1 over the layers: for each name the mean of its runs, L values each, with
+    their standard deviation. -> the same as text, a line for each name."""
     figure, ((axis,),) = subplots(1, 1, 5, 3.5)
-    for name, top1 in curves.items():
+    lines = []
+    for name, values in runs.items():
+        top1 = torch.tensor(values)  # (runs, L)
         layers = range(1, top1.shape[1] + 1)
-        axis.errorbar(layers, top1.mean(0), deviation(top1), marker="o", capsize=3, label=name)
+        means = top1.mean(0).tolist()
+        deviations = top1.std(0, correction=min(len(top1) - 1, 1)).tolist()  # 0 of a single run
+        axis.errorbar(layers, means, deviations, marker="o", capsize=3, label=name)
+        cells = [f"{a:.1f} +- {b:.1f}" for a, b in zip(means, deviations, strict=True)]
+        lines.append(f"{name:<20} n = {len(top1)}   " + "   ".join(cells))
     axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=layers)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
+    return lines
 
 
 def compare(folders: list[str], output_dir: Path) -> None:
     """Finished probes of all layers over each other: a table and multi_exit.png. Folders whose
     names differ by -SEED are one curve."""
     runs = {}
-    for folder in map(Path, folders):
+    for folder in folders:
         try:
-            rows = json.loads((folder / "results.json").read_text())["rows"]
+            rows = json.loads(Path(folder, "results.json").read_text())["rows"]
             top1 = [row["test_top1"] for row in rows]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{folder} has no results.json of a probe: make it with --layers all "
                              f"--output_dir {folder}") from None
-        runs.setdefault(re.sub(r"-\d+$", "", str(folder)), []).append(top1)
-    lengths = {len(top1) for group in runs.values() for top1 in group}
-    if len(lengths) > 1:
+        name = re.sub(r"-\d+$", "", os.path.abspath(folder))
+        runs.setdefault(name, []).append(top1)
+    if len({len(top1) for group in runs.values() for top1 in group}) > 1:
         raise InputError("--compare takes runs with the same number of layers, all probed with "
                          "--layers all")
-    short = {Path(name).name for name in runs}
-    curves = {}
-    for name, group in runs.items():
-        if len(short) == len(runs):  # the folders' names are enough
-            name = Path(name).name
-        curves[name] = torch.tensor(group)  # (runs, L)
-    for name, top1 in curves.items():
-        pairs = zip(top1.mean(0), deviation(top1), strict=True)
-        cells = [f"{mean:.1f} +- {one:.1f}" for mean, one in pairs]
-        log(f"{name:<20} n = {len(top1)}   " + "   ".join(cells))
+    # a curve is named by what its folder does not share with the others'
+    parent = os.path.commonpath([os.path.dirname(name) for name in runs])
+    runs = {os.path.relpath(name, parent): group for name, group in runs.items()}
     output_dir.mkdir(parents=True, exist_ok=True)
-    draw_multi_exit(curves, output_dir / "multi_exit.png")
+    for line in draw_multi_exit(runs, output_dir / "multi_exit.png"):
+        log(line)
 
 
 if __name__ == "__main__":

@@ -3,53 +3,49 @@ BYOL and MoCo v3.
 
 The idea. A contrastive method trains the last layer of a ViT; the layers below learn only
 what helps the last. SDSSL gives every layer the same task: a head of its own turns its [CLS]
-token into a query that must find the teacher's *final* output of the image's other view
-(loss_isd). Lower layers become good features, which makes the last layer's task easier too.
-Since its predictors lag behind, loss_pred trains those of all layers, and nothing else.
+token into a query that must find the teacher's *final* output of the image's other view.
+Lower layers become good features, which makes the last layer's task easier too.
 
-    view 1 -> student backbone -> h_1 ... h_L -> projectors -> predictors -> q_1 ... q_(L-1)   q_L
-                                                                                   |            |
-                                                                                loss_isd    loss_ssl
-                                                                                   |            |
-    view 2 -> teacher backbone --------> h_L --> projector ------- sg ----------> z_L          z_L
-              (EMA of the student)                    (sg: no gradient; and the views exchanged)
+    view 1 -> student: backbone, projectors, predictors -> q_1 ... q_(L-1)   q_L
+                                                                 |            |
+                                                              loss_isd    loss_ssl
+                                                                 |            |
+    view 2 -> teacher: backbone, last projector -> sg --------> z_L          z_L
 
-    L = L_ssl(q_L, z_L)                                          Eq. 1 (BYOL) or Eq. 2
-      + alpha * 1/(L-1) * sum over l < L of L_ssl(q_l, sg z_L)   Eq. 3; alpha rises from 0 to 1
-      + beta * sum over l <= L of L_ssl(predictor(sg h_l), sg z_L)   Eq. 5; together Eq. 6
+    (sg: no gradient. Then with the views exchanged. The teacher is the student's EMA.)
 
-What each loss moves: loss_ssl the whole student; loss_isd the lower heads and the layers up
-to theirs; loss_pred the predictors alone. The teacher moves by EMA; a ViT's patch projection
-is frozen at its start. SimCLR has neither teacher nor predictor: q = h, and z is the
-student's own final output, without gradient in loss_isd (Eq. 4). Negatives are the other
-images of the global batch in z; BYOL has none. Memory grows with L * B * M for the logits.
+    L = L_ssl(q_L, z_L)                                      Eq. 1 (BYOL) or 2
+      + alpha / (L-1) * sum over l < L of L_ssl(q_l, z_L)    Eq. 3; alpha rises from 0
+      + beta * sum over l of L_ssl(predictor(sg h_l), z_L)   Eq. 5; together Eq. 6
 
-Symbols: B images of this process, M of the global batch, L layers with a head (the last one
-is the final layer), D width, K = 256 outputs of a head, tau temperature, m momentum.
+loss_ssl moves the whole student, loss_isd the lower heads and the layers up to theirs,
+loss_pred, the last term, the predictors alone, which lag behind. SimCLR has neither teacher
+nor predictor: q = h, and z is the student's own final output, without gradient in loss_isd
+(Eq. 4). A ViT's patch projection stays as it was drawn. Negatives are the other images of
+the global batch; BYOL has none.
 
-    python sdssl.py                        digits, two minutes on a laptop
-    python sdssl.py --isd_every 3          every third layer (Table 6)
-    python sdssl.py --framework byol --no-sd --output_dir runs/byol    a baseline
+Symbols: B images of this process, M of the global batch, L layers with a head, D width,
+K outputs of a head, tau temperature, m momentum. Logits take L * B * M numbers.
+
+    python sdssl.py                digits, 2 minutes: k-NN from 61 % to 94 %
+    python sdssl.py --isd_every 3  every third layer (Table 6)
+    python sdssl.py --framework byol --no-sd --output_dir runs/byol
     torchrun --nproc_per_node=8 sdssl.py --data IMAGENET --arch vit_small    Table 1
-    python eval_knn.py --checkpoint runs/sdssl/checkpoint.pth --layers all
     python sdssl.py --analyze runs/sdssl/checkpoint.pth runs/byol/checkpoint.pth \
-        --output_dir runs/analysis                                     Figs. 5 to 8
+        --output_dir runs/analysis    Figs. 5 to 8
 
-Measured: the first command (60 epochs, seed 0, 2 CPU cores, 2.1 minutes) takes k-NN from 61.4
-% to 94.2 %.
-
-    what                 paper                      released code             here
-    loss_pred            sum over L layers          L * mean                  L * mean: the sum
-    alpha                1.0                        0.8 for SimCLR and BYOL   1.0; --alpha
-    SimCLR's gradient    not said                   this process's rows       as of a single process
-    heads of ViT-S       not said                   12, as MoCo v3            6; --num_heads
-    heads of the layers  in parallel: +8.6 % time   one after the other       one batched matmul
-    order of jitter      not said                   drawn for each image      drawn for each batch
-    teacher's BatchNorm  not said                   of the batch              of the batch
+    what               paper           released code        here
+    loss_pred          sum             L * mean             L * mean: the sum
+    alpha              1.0             0.8, MoCo v3 1.0     1.0; --alpha
+    SimCLR's gradient  not said        of a process's rows  as in one process
+    heads of ViT-S     not said        12, as MoCo v3       6; --num_heads
+    projectors         parallel: +9 %  one by one           one batched matmul
+    order of jitter    not said        for each image       for each batch
 """
 import argparse
 import copy
-import csv
+import functools
+import json
 import math
 from pathlib import Path
 
@@ -58,7 +54,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (MEAN, STD, VITS, BatchNorm, ImageData, InputError, Parser, Run, ViewLoader,
+from common import (MEAN, STD, VITS, BatchNorm, InputError, Parser, Run, ViewLoader,
                     add_arguments, apply_recipe, at_least, autocast, byol_views, cosine_schedule,
                     create_backbone, distributed, ema_update, existing_file, extract_features, fp32,
                     gather, knn_accuracy, launch, load_backbone, load_data, local_rows, log,
@@ -93,9 +89,8 @@ def contrastive_loss(q: Tensor, z: Tensor, labels: Tensor, tau: float,
                      excluded: Tensor | None = None) -> Tensor:
     """Cross-entropy of finding each query's positive among the candidates, mean over queries.
 
-    q: queries (..., B, K). z: candidates (M, K), the negatives among them. labels (B,): the
-    row of z that is positive. excluded (B,): a row of z that is no candidate. Both are shared
-    by all layers.
+    q: queries (..., B, K). z: candidates (M, K). labels (B,): the row of z that is positive,
+    and excluded (B,) a row that is no candidate, the same for every layer.
     """
     q = F.normalize(q.flatten(0, -2), dim=-1)  # (L*B, K)
     layers = len(q) // len(labels)
@@ -107,11 +102,8 @@ def contrastive_loss(q: Tensor, z: Tensor, labels: Tensor, tau: float,
 
 def info_nce(q: Tensor, z: Tensor, tau: float = 0.2, labels: Tensor | None = None) -> Tensor:
     """MoCo v3's loss: Eq. 2 times 2 * tau, as in Algorithm 1, so that the size of the
-    gradient does not depend on tau.
-
-    q: (B, K), (L, B, K), or (L*B, K) with the layer outermost. z: (M, K). labels (B,): the
-    row of z that is positive for each query, the same for every layer; default arange(M).
-    """
+    gradient does not depend on tau. q: (B, K), (L, B, K), or (L*B, K) with the layer
+    outermost. z: (M, K). labels: as above, by default arange(M)."""
     if labels is None:
         labels = torch.arange(len(z), device=z.device)
     return 2 * tau * contrastive_loss(q, z, labels, tau)
@@ -131,13 +123,12 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
     return contrastive_loss(z, z, rows.roll(len(z1)), tau, excluded=rows)
 
 
-# The terms of Eq. 6, each over both directions. q1, q2 (L, B, K): the queries of view 1 and 2, the
-# final layer last; with --no-sd it is the only one.
+# The terms of Eq. 6, each over both directions. q1, q2 (L, B, K): the queries of the views,
+# the final layer last; with --no-sd it is the only one.
 
 
 def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]:
-    """Candidates are both views' final outputs of the global batch, with their gradient in
-    loss_ssl."""
+    """Candidates are both views' final outputs of the global batch."""
     z = torch.cat([gather(q1[-1]), gather(q2[-1])])  # (2M, K)
     M = len(z) // 2
     rows = torch.arange(M, device=z.device)[local_rows(M)]  # (B,)
@@ -152,7 +143,7 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
 
 def byol_losses(q1, q2, z1, z2, p1=None, p2=None, ssl=regression_loss) -> dict[str, Tensor]:
     """z1, z2 (B, K): the teacher's outputs. p1, p2 (L, B, K): predictions from projections
-    without gradient. ssl: the loss of queries (..., B, K) and targets; MoCo v3 has another."""
+    without gradient. ssl: the loss of queries (..., B, K) and targets."""
     z1 = z1.detach()
     z2 = z2.detach()
     losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}  # Eq. 1 or 2
@@ -168,10 +159,7 @@ def mocov3_losses(q1, q2, z1, z2, p1=None, p2=None, tau: float = 0.2) -> dict[st
     z1 = gather(z1)  # (M, K)
     z2 = gather(z2)  # (M, K)
     rows = torch.arange(len(z1), device=z1.device)[local_rows(len(z1))]  # (B,)
-
-    def ssl(q, z):
-        return info_nce(q, z, tau, rows)  # Eq. 2
-
+    ssl = functools.partial(info_nce, tau=tau, labels=rows)  # Eq. 2
     return byol_losses(q1, q2, z1, z2, p1, p2, ssl)
 
 
@@ -179,8 +167,7 @@ def mocov3_losses(q1, q2, z1, z2, p1=None, p2=None, tau: float = 0.2) -> dict[st
 
 
 def stack_layers(layers: list[Tensor]) -> Tensor:
-    """L of (B, D_l) -> (L, B, D). Narrower layers, a ResNet's lower stages, are padded with
-    zeros, which add nothing."""
+    """L of (B, D_l) -> (L, B, D): a ResNet's lower stages are narrower, and zeros add nothing."""
     D = max(layer.shape[-1] for layer in layers)
     return torch.stack([F.pad(layer, (0, D - layer.shape[-1])) for layer in layers])
 
@@ -189,24 +176,24 @@ class LayerMLP(nn.Module):
     """L MLPs at once, one a layer: each view (L, B, D) -> (L, B, K). Linear layers without
     bias, BatchNorm and ReLU on the hidden ones.
 
-    One batched matmul serves all layers and views; BatchNorm takes one view at a time. The
-    images come last inside, so that BatchNorm sees one batch of L*D channels.
+    One batched matmul serves all layers and views; BatchNorm takes one view at a time, as one
+    batch of L*D channels. The images come last inside.
     """
 
     def __init__(self, in_dims: list[int], hidden: int, out_dim: int, depth: int, out_norm: bool):
         super().__init__()
         L = len(in_dims)
-        dims = [max(in_dims)] + [hidden] * (depth - 1) + [out_dim]
+        widths = [hidden] * (depth - 1) + [out_dim]
         self.weights = nn.ParameterList()
-        self.norms = nn.ModuleList(BatchNorm(L * width) for width in dims[1:-1])
+        for width in widths:
+            weight = torch.empty(L, width, max(in_dims))
+            for l, dim in enumerate(in_dims):  # as nn.Linear
+                nn.init.uniform_(weight[l], -(dim**-0.5), dim**-0.5)
+            self.weights.append(nn.Parameter(weight))
+            in_dims = [width] * L
+        self.norms = nn.ModuleList(BatchNorm(L * width) for width in widths[:-1])
         if out_norm:
             self.norms.append(BatchNorm(L * out_dim, affine=False))
-        for i in range(depth):
-            weight = torch.empty(L, dims[i + 1], dims[i])
-            for l in range(L):  # as nn.Linear
-                bound = (in_dims[l] if i == 0 else dims[i]) ** -0.5
-                nn.init.uniform_(weight[l], -bound, bound)
-            self.weights.append(nn.Parameter(weight))
 
     def forward(self, *views: Tensor) -> list[Tensor]:
         V = len(views)
@@ -224,8 +211,7 @@ class LayerMLP(nn.Module):
 class Student(nn.Module):
     """Backbone, and for each layer that learns a projector and, but for SimCLR, a predictor.
 
-    isd_every: distil to every n-th layer (Table 6). isd_mlp: depth of the lower projectors, 0
-    for none.
+    isd_every: distil to every n-th layer. isd_mlp: depth of the lower projectors, 0 for none.
     """
 
     def __init__(self, backbone: nn.Module, framework: str, sd=True, isd_every=1, isd_mlp=3,
@@ -234,7 +220,7 @@ class Student(nn.Module):
         dims = backbone.layer_dims
         self.lower = []  # the layers below the last that are distilled to
         if sd:
-            self.lower = [l for l in range(len(dims) - 1) if (l + 1) % isd_every == 0]
+            self.lower = list(range(isd_every - 1, len(dims) - 1, isd_every))
         lower_dims = [dims[l] for l in self.lower]
         if sd and not self.lower:
             raise InputError(f"--isd_every {isd_every} leaves none of the {len(dims)} layers to "
@@ -245,41 +231,39 @@ class Student(nn.Module):
         self.backbone = backbone
         self.projector = LayerMLP(dims[-1:], hidden, out_dim, 3, norm)
         self.isd_projector = None
+        self.predictor = None
         if self.lower and isd_mlp > 0:
             self.isd_projector = LayerMLP(lower_dims, isd_hidden, out_dim, isd_mlp, norm)
             lower_dims = [out_dim] * len(self.lower)
-        self.predictor = None
         if framework != "simclr":
             self.predictor = LayerMLP([*lower_dims, out_dim], hidden, out_dim, 2, norm)
-
-    def project(self, *views: Tensor) -> list[Tensor]:
-        """Views (B, 3, H, W) -> for each its projections h (L, B, K)."""
-        if not self.lower:
-            return self.projector(*[self.backbone(x)[None] for x in views])  # V of (1, B, K)
-        layers = [self.backbone(x, layers=True) for x in views]  # V of L of (B, D_l): [CLS] tokens
-        final = self.projector(*[view[-1][None] for view in layers])  # V of (1, B, K)
-        lower = []
-        for view in layers:
-            lower.append(stack_layers([view[l] for l in self.lower]))  # V of (L-1, B, D)
-        if self.isd_projector is not None:
-            lower = self.isd_projector(*lower)  # V of (L-1, B, K)
-        return [stack_layers([*below, *last]) for below, last in zip(lower, final, strict=True)]
 
     def forward(self, *views: Tensor) -> tuple[list, list]:
         """Views (B, 3, H, W) -> for each its queries q (L, B, K), and its predictions from
         sg(h) (L, B, K), which are None where loss_pred has no place."""
-        h = self.project(*views)
-        if self.predictor is None:
-            return h, [None] * len(h)
         if not self.lower:
-            return self.predictor(*h), [None] * len(h)
-        return self.predictor(*h), self.predictor(*[x.detach() for x in h])
+            h = self.projector(*[self.backbone(x)[None] for x in views])  # V of (1, B, K)
+        else:
+            layers = [self.backbone(x, layers=True) for x in views]  # V of L of (B, D_l): [CLS]
+            last = self.projector(*[view[-1][None] for view in layers])  # V of (1, B, K)
+            lower = []
+            for view in layers:
+                lower.append(stack_layers([view[l] for l in self.lower]))  # V of (L-1, B, D)
+            if self.isd_projector is not None:
+                lower = self.isd_projector(*lower)  # V of (L-1, B, K)
+            h = [stack_layers([*a, *b]) for a, b in zip(lower, last, strict=True)]  # V of (L, B, K)
+        q = h
+        p = [None] * len(h)
+        if self.predictor is not None:
+            q = self.predictor(*h)  # V of (L, B, K)
+            if self.lower:
+                p = self.predictor(*[x.detach() for x in h])  # V of (L, B, K)
+        return q, p
 
 
 class Teacher(nn.Module):
-    """The student's backbone and last projector, moved only by EMA; no predictor. It stays in
-    training mode: its BatchNorm uses the batch's statistics and keeps running ones of its
-    own."""
+    """The student's backbone and last projector, moved only by EMA. In training mode: its
+    BatchNorm uses the batch's statistics and keeps running ones of its own."""
 
     def __init__(self, student: Student):
         super().__init__()
@@ -288,8 +272,8 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, = self.projector(self.backbone(x)[None])  # (1, B, K)
-        return z[0]  # (B, K)
+        (z,), = self.projector(self.backbone(x)[None])  # one view of (1, B, K)
+        return z  # (B, K)
 
 
 def build(args) -> tuple[Student, Teacher | None, dict]:
@@ -321,8 +305,7 @@ def train(args) -> None:
     if isinstance(args.lr, dict):
         args.lr = args.lr[args.framework]
     student, teacher, meta = build(args)
-    student.to(device)
-    networks = {"student": student}
+    networks = {"student": student.to(device)}
     if teacher:
         networks["teacher"] = teacher.to(device)
     model = distributed(student)
@@ -336,11 +319,8 @@ def train(args) -> None:
     # the run: two views of each image, k-NN now and then
     views = byol_views(args.img_size, **recipe["views"])
     loader = ViewLoader(train_data, views, args.batch_size, args.seed, device, args.num_workers)
-
-    def knn():
-        return knn_accuracy(student.backbone, train_data, test_data, args.img_size, device,
-                            num_workers=args.num_workers, dtype=args.dtype)
-
+    knn = functools.partial(knn_accuracy, student.backbone, train_data, test_data, args.img_size,
+                            device, num_workers=args.num_workers, dtype=args.dtype)
     run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, **networks, optimizer=optimizer,
               scaler=scaler)
 
@@ -408,7 +388,7 @@ def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_arguments(parser, "sdssl")
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument_group("method (other defaults: recipe)").add_argument
     add("--framework", default="mocov3", choices=["simclr", "byol", "mocov3"])
     add("--sd", action=flag, default=True, help="self-distillation; --no-sd: the plain framework")
     add("--tau", type=at_least(1e-6), default=0.2, help="temperature of Eq. 2 (default: 0.2)")
@@ -417,9 +397,9 @@ def parse_arguments(argv=None):
     add("--beta", type=at_least(0.0), default=1.0, help="weight of loss_pred (default: 1)")
     add("--isd_every", type=at_least(1), default=1, help="step between distilled layers")
     add("--isd_mlp", type=int, default=3, choices=[0, 2, 3], help="depth of the lower projectors")
-    add("--hidden", type=at_least(1), help="width of last projector and predictors (recipe)")
-    add("--isd_hidden", type=at_least(1), help="width of the lower projectors (default: recipe)")
-    add("--momentum", type=at_least(0.0), help="the teacher's first, rising to 1 (default: recipe)")
+    add("--hidden", type=at_least(1), help="width of the last projector and the predictors")
+    add("--isd_hidden", type=at_least(1), help="width of the lower projectors")
+    add("--momentum", type=at_least(0.0), help="the teacher's first, rising to 1")
     add("--num_heads", type=at_least(1), help="attention heads (default: timm's; MoCo v3: 12)")
     add("--stop_grad_conv1", action=flag, default=True, help="frozen random patch projection")
     add("--analyze", nargs="+", type=existing_file, metavar="CHECKPOINT",
@@ -452,120 +432,96 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
-MEASURES = ("-uniformity", "alignment", "-uniformity / alignment", "negative alignment",
-            "negative / alignment")  # Figs. 7 and 8
-
-
 @torch.no_grad()
-def measure_layers(backbone: nn.Module, data: ImageData, views, meta: dict, device,
-                   images: int = 1000) -> dict:
-    """Per layer: features for t-SNE, CKA with every layer, MEASURES of two views of each
-    image."""
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    ten_classes = rows[data.labels[rows] < 10][:images]
-    rows = rows[:images]
-    options = dict(size=meta["img_size"], device=device, layers=True, mean=meta["mean"],
-                   std=meta["std"])
-    features = extract_features(backbone, data, rows=rows, **options)  # L of (n, D)
-    cka = []  # (L, L)
-    for x in features:
-        cka.append([linear_cka(x.double(), y.double()).item() for y in features])
-    batch = min(100, len(rows))
-    loader = ViewLoader(data, views, batch, 0, device, mean=meta["mean"], std=meta["std"])
+def measure_layers(backbone: nn.Module, loader: ViewLoader) -> dict[str, Tensor]:
+    """Figs. 7 and 8: measures of two views of each image, a value for each layer (L,)."""
     first = []
     second = []
-    for _, (x1, x2), _ in loader.steps(0, len(rows) // batch):
-        first.append(backbone(x1, layers=True))
-        second.append(backbone(x2, layers=True))
-    table = []
-    for l in range(len(features)):
-        x = torch.cat([layers[l] for layers in first]).float().cpu()  # (n, D)
-        y = torch.cat([layers[l] for layers in second]).float().cpu()  # (n, D)
-        u = uniformity(x).item()
-        a = alignment(x, y).item()
-        negative = negative_alignment(x).item()
-        table.append((-u, a, -u / a, negative, negative / a))
-    if not torch.equal(ten_classes, rows):
-        features = extract_features(backbone, data, rows=ten_classes, **options)
-    return dict(features=features, labels=data.labels[ten_classes], cka=cka, table=table)
+    for _, (x1, x2), _ in loader.steps(0, min(10, loader.steps_per_epoch)):
+        first.append(stack_layers(backbone(x1, layers=True)))  # (L, B, D)
+        second.append(stack_layers(backbone(x2, layers=True)))  # (L, B, D)
+    first = torch.cat(first, 1).cpu()  # (L, n, D)
+    second = torch.cat(second, 1).cpu()  # (L, n, D)
+    u = torch.stack([uniformity(x) for x in first])  # (L,)
+    a = torch.stack([alignment(x, y) for x, y in zip(first, second, strict=True)])  # (L,)
+    negative = torch.stack([negative_alignment(x) for x in first])  # (L,)
+    return {
+        "-uniformity": -u,
+        "alignment": a,
+        "-uniformity / alignment": -u / a,
+        "negative alignment": negative,
+        "negative / alignment": negative / a,
+    }
 
 
 def analyze(args) -> None:
-    """tsne.png, cka.png, alignment.png, analysis.csv and cka.csv of one checkpoint or
-    several."""
+    """Draws Figs. 5 to 8 for one checkpoint or several, and writes the numbers of 6 to 8."""
+    from sklearn.manifold import TSNE
+
     device = setup(args)
     given = args.arch, args.patch_size, args.img_size  # for files that do not say
     train_data, test_data = load_data(args.data, args.data_path)
     recipe = apply_recipe(args, RECIPES, train_data)
     folder = Path(args.output_dir)
-    names = ("alignment.png", "cka.png", "tsne.png", "analysis.csv", "cka.csv")
+    names = ("alignment.png", "cka.png", "tsne.png", "analysis.json")
     refuse_to_replace([folder / name for name in names], args.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
-    layers = [("run", "checkpoint", "layer", *MEASURES)]
-    pairs = [("run", "checkpoint", "layer", "other layer", "cka")]
-    for path in args.analyze:
+
+    # 1,000 images: of all classes, and of the first ten for t-SNE
+    data = test_data or train_data
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    ten_classes = rows[data.labels[rows] < 10][:1000]
+    rows = rows[:1000]
+
+    measures_figure, measures_axes = subplots(1, 5, 2.6, 2.6)
+    cka_figure, cka_axes = subplots(1, len(args.analyze), 3, 3)
+    tsne_figure, tsne_axes = subplots(len(args.analyze), 6, 2, 2)
+    numbers = {}
+    for i, path in enumerate(args.analyze):
         backbone, meta = load_backbone(path, *given, num_heads=args.num_heads)
+        backbone.to(device)
+        normalisation = dict(mean=meta["mean"], std=meta["std"])
+        options = dict(size=meta["img_size"], device=device, layers=True, **normalisation)
+        name = f"{i + 1}: {Path(path).parent.name}"
+
+        # Figs. 7 and 8
         views = byol_views(meta["img_size"], **recipe["views"])
-        name = f"{len(results) + 1}: {Path(path).parent.name}"
-        result = measure_layers(backbone.to(device), test_data or train_data, views, meta, device)
-        results[name] = result
-        for l, values in enumerate(result["table"], 1):
-            layers.append((name, path, l, *values))
-            pairs += [(name, path, l, i, value) for i, value in enumerate(result["cka"][l - 1], 1)]
-        shown = [f"{measure} {value:.3f}" for measure, value in zip(MEASURES, values, strict=True)]
-        log(f"{name}: last layer, {', '.join(shown)}")
-    for name, rows in (("analysis.csv", layers), ("cka.csv", pairs)):
-        with open(folder / name, "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    draw_measures(results).savefig(folder / "alignment.png", dpi=80)
-    draw_cka(results).savefig(folder / "cka.png", dpi=80)
-    draw_tsne(results).savefig(folder / "tsne.png", dpi=80)
-    log(f"wrote {', '.join(names)} into {folder}")
-
-
-def draw_measures(results: dict):
-    """Figs. 7 and 8."""
-    figure, axes = subplots(1, len(MEASURES), 2.6, 2.6)
-    for i, axis in enumerate(axes[0]):
-        for name, result in results.items():
-            values = [row[i] for row in result["table"]]
+        loader = ViewLoader(data, views, min(100, len(data)), 0, device, **normalisation)
+        measures = measure_layers(backbone, loader)
+        for axis, (title, values) in zip(measures_axes[0], measures.items(), strict=True):
             axis.plot(range(1, len(values) + 1), values, marker=".", label=name)
-        axis.set(title=MEASURES[i], xlabel="layer")
-    axes[0, 0].legend(fontsize=7)
-    return figure
+            axis.set(title=title, xlabel="layer")
 
+        # Fig. 6
+        features = extract_features(backbone, data, rows=rows, **options)  # L of (n, D)
+        L = len(features)
+        cka = []  # (L, L)
+        for x in features:
+            cka.append([linear_cka(x.double(), y.double()).item() for y in features])
+        edges = (0.5, L + 0.5, 0.5, L + 0.5)
+        image = cka_axes[0, i].imshow(cka, vmin=0, vmax=1, origin="lower", extent=edges)
+        cka_axes[0, i].set(title=name, xlabel="layer", ylabel="layer")
 
-def draw_cka(results: dict):
-    """Fig. 6."""
-    figure, axes = subplots(1, len(results), 3, 3)
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        edges = (0.5, len(result["cka"]) + 0.5)
-        image = axis.imshow(result["cka"], vmin=0, vmax=1, origin="lower", extent=(*edges, *edges))
-        axis.set(title=name, xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=axes[0].tolist(), label="CKA")
-    return figure
-
-
-def draw_tsne(results: dict):
-    """Fig. 5: up to six layers of each checkpoint, images of the first ten classes."""
-    from sklearn.manifold import TSNE
-
-    figure, axes = subplots(len(results), 6, 2, 2)
-    for line, (name, result) in zip(axes, results.items(), strict=True):
-        features = result["features"]  # L of (n, D)
-        labels = result["labels"]
-        if len(labels) < 8:
-            log(f"{name}: too few images of the first ten classes for t-SNE")
-            continue
-        shown = torch.linspace(0, len(features) - 1, 6).round().int().unique().tolist()
-        for axis, l in zip(line, shown, strict=False):
-            tsne = TSNE(init="pca", perplexity=min(30, len(labels) // 4), random_state=0)
+        # Fig. 5
+        features = extract_features(backbone, data, rows=ten_classes, **options)  # L of (n, D)
+        shown = torch.linspace(0, L - 1, 6).round().int().unique().tolist()
+        for axis, l in zip(tsne_axes[i], shown, strict=False):
+            tsne = TSNE(init="pca", perplexity=min(30, len(ten_classes) / 4), random_state=0)
             points = tsne.fit_transform(features[l].numpy())  # (n, 2)
-            axis.scatter(*points.T, c=labels, cmap="tab10", s=3)
-            axis.set_title(f"{name}, layer {l + 1}", fontsize=7)
-            axis.set(xticks=[], yticks=[])
-    return figure
+            axis.scatter(*points.T, c=data.labels[ten_classes], cmap="tab10", s=3)
+            axis.set(title=f"layer {l + 1}", ylabel=name, xticks=[], yticks=[])
+
+        numbers[name] = dict(checkpoint=path, cka=cka)
+        for title, values in measures.items():
+            numbers[name][title] = values.tolist()
+
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    measures_axes[0, 0].legend(fontsize=7)
+    cka_figure.colorbar(image, ax=cka_axes[0].tolist(), label="CKA")
+    measures_figure.savefig(folder / "alignment.png", dpi=80)
+    cka_figure.savefig(folder / "cka.png", dpi=80)
+    tsne_figure.savefig(folder / "tsne.png", dpi=80)
+    log(f"wrote {', '.join(names)} into {folder}")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,7 @@ def matmul_peak(device: torch.device) -> float:
     """Floating-point operations a second of a large matrix product, bf16 on CUDA and fp32 elsewhere."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
-
-    def product():
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return rate(product, 2 * n**3)
+    return rate(lambda: a @ a, 2 * n**3)
 
 
 def bench_training(device: torch.device, batch: int, repeats: int, only: list[str]) -> list[dict]:
@@ -209,30 +203,29 @@ def bench_relations(device: torch.device, batch: int = 256) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-class PilBlur:
-    def __call__(self, image):
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
-
-
 def pil_views(size: int, blur: bool):
     """The two views of BYOL as torchvision makes them from a PIL image."""
+    blurred = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0))))
+
     def view(p_blur, p_solarize):
         return T.Compose([
             T.RandomResizedCrop(size, scale=(0.08, 1.0)), T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2),
-            *([T.RandomApply([PilBlur()], p=p_blur)] if blur else []), T.RandomSolarize(128, p_solarize),
+            T.RandomApply([blurred], p=p_blur * blur), T.RandomSolarize(128, p_solarize),
             T.ToTensor(), T.Normalize(common.MEAN, common.STD)])
 
     return view(1.0, 0.0), view(0.1, 0.2)
 
 
 def rate(work, count: int, seconds: float = 6.0) -> float:
-    """Images a second: `work()` handles `count` of them; the best of several rounds, after one to warm up."""
+    """A second: `work()` makes `count` images or operations; the best of several rounds, after one to warm up."""
     work()
     best, deadline = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         began = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         best = max(best, count / (time.perf_counter() - began))
     return best
 
@@ -247,13 +240,7 @@ def bench_augmentation(device: torch.device) -> list[dict]:
         views = pil_views(32, blur)
         baseline = rate(lambda views=views: [view(image) for image in pil for view in views], len(pil))
         loader = common.ViewLoader(data, common.byol_views(32, blur=blur), 256, 0, device)
-
-        def ours(loader=loader):
-            for _ in loader.steps(0, 4):
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-
-        speed = rate(ours, 1024)
+        speed = rate(lambda loader=loader: [None for _ in loader.steps(0, 4)], 1024)
         print(f"augmentation, two views of 32 x 32 with{'' if blur else 'out'} blur: torchvision on PIL {baseline:.0f} images/s, "
               f"here {speed:.0f} on {device} ({speed / baseline:.1f}x)")
         table.append(dict(blur=blur, torchvision=baseline, here=speed))

@@ -1,7 +1,7 @@
 """The promises P1 to P9 for every training script, each written once.
 
-What one script alone promises (its gradients on two processes, its teachers, the input that only it
-can refuse) is in its own tests; eval_linear.py's runs are in test_eval_linear.py.
+What one script alone promises (its gradients on two processes, its teachers, the input that only it can refuse) is in its own
+tests; eval_linear.py's runs are in test_eval_linear.py.
 """
 import contextlib
 import importlib
@@ -50,59 +50,48 @@ class Script:
 SCRIPTS = [
     Script(
         "sdssl", ["--batch_size", 32, "--hidden", 32, "--isd_hidden", 16, "--patch_size", 8],
-        [["--framework", framework, sd] for framework in ("mocov3", "byol", "simclr")
-         for sd in ("--sd", "--no-sd")],
-        ("student", "isd_projector.weights.0", "loss_(isd|pred)"),
-        (["--alpha", 0.5], "--alpha was 1.0"), on_files=NANO[:2] + ["--img_size", 32]),
+        [["--framework", framework, sd] for framework in ("mocov3", "byol", "simclr") for sd in ("--sd", "--no-sd")],
+        ("student", "isd_projector.weights.0", "loss_(isd|pred)"), (["--alpha", 0.5], "--alpha was 1.0"),
+        on_files=NANO[:2] + ["--img_size", 32]),
     Script(
-        "simdis", ["--batch_size", 32, "--hidden", 16, "--teacher_arch", "vit_nano", *NANO,
-                   "--depth", 1],
+        "simdis", ["--batch_size", 32, "--hidden", 16, "--teacher_arch", "vit_nano", *NANO, "--depth", 1],
         [["--stage", "online", "--optimizer", "adamw"],
-         ["--stage", "offline", "--teacher", "{simdis}", "--optimizer", "lars", "--lr", 0.1,
-          "--weight_decay", 0.01],
+         ["--stage", "offline", "--teacher", "{simdis}", "--optimizer", "lars", "--lr", 0.1, "--weight_decay", 0.01],
          ["--stage", "teacher", "--optimizer", "sgd", "--lr", 0.1, "--weight_decay", 0.01]],
-        ("student", "predictors.T-v.3.weight", "loss_student_T-v"),
-        (["--targets", "2v"], "--targets was"), on_files=["--img_size", 32],
-        says="multiply-adds of an image, as in Table 1: teacher.*step 0 .*teacher: k-NN top-1.*"
-             "step 2 .*teacher: k-NN top-1.*step 2 [^:]*: k-NN top-1"),
+        ("student", "predictors.T-v.3.weight", "loss_student_T-v"), (["--targets", "2v"], "--targets was"),
+        on_files=["--img_size", 32],
+        says="multiply-adds of an image, as in Table 1: teacher.*step 0 .*teacher: k-NN top-1.*step 2 .*teacher: k-NN top-1.*"
+             "step 2 [^:]*: k-NN top-1"),
     Script(
         "rrkd", ["--batch_size", 32, "--no-baseline", "--teacher", "{rrkd}"],
         [["--loss", "rrkd"], ["--loss", "rrkd", "--anchors", "class"],
          ["--teacher", "{rrkd_labels}", "--arch", "mlp32", "--labels", "--loss", "lpkd"]],
-        ("student", "backbone.layers.0.weight", "loss_rrkd"),
-        (["--loss", "spkd"], "--loss was"),
+        ("student", "backbone.layers.0.weight", "loss_rrkd"), (["--loss", "spkd"], "--loss was"),
         on_files=["--img_size", 8, "--no-labels", "--arch", "ae32"], default=("--epochs", 3),
         writes=["baseline", "maps.png", "teacher"],
         stand_ins={"accuracy": lambda *arguments: dict(accuracy=None, metric="probe"),
                    "load_weights": lambda *arguments: None, "log_plan": lambda *arguments: {}},
-        says=r"k-NN top-1.*teacher +16,576 parameters +probe accuracy \d\d\.\d\d %\n"
-             r"baseline +6,240 [^\n]*\nstudent +6,240 "),
+        says=r"k-NN top-1.*teacher +16,576 parameters +probe accuracy \d\d\.\d\d %\nbaseline +6,240 [^\n]*\nstudent +6,240 "),
     Script(
         "ibot_rkd", ["--batch_size", 32, "--hidden", 32, "--out_dim", 48],
-        [["--potential", "none"], ["--potential", "distance"],
-         ["--potential", "none", "angle"]],
-        ("student", "backbone.mask_token", "loss_distance_(cls|patch)"),
-        (["--relations", "batch"], "--relations was image"),
-        on_files=["--arch", "vit_nano", "--img_size", 32, "--potential", "none", "distance",
-                  "--local_crops", 2, "--local_size", 16],
-        stand_ins={"masked_rows": lambda masks, u: (torch.zeros(len(masks), 2, dtype=torch.long),
-                                                    torch.full((len(masks), 2), 0.5))}),
+        [["--potential", "none"], ["--potential", "distance"], ["--potential", "none", "angle"]],
+        ("student", "backbone.mask_token", "loss_distance_(cls|patch)"), (["--relations", "batch"], "--relations was image"),
+        on_files=["--arch", "vit_nano", "--img_size", 32, "--potential", "none", "distance", "--local_crops", 2,
+                  "--local_size", 16],
+        stand_ins={"masked_rows": lambda masks, u: (torch.zeros(len(masks), 2).long(), torch.full((len(masks), 2), 0.5))}),
     Script(
         "d2v_kd", ["--batch_size", 32, "--teacher", "{backbone}"],
-        [["--student", "postnorm"],
-         ["--student", "prenorm", "--init", "teacher", "--proj"]],
-        ("student", "backbone.cls_token", "loss"),
-        (["--student", "prenorm"], "--student was postnorm"),
+        [["--student", "postnorm"], ["--student", "prenorm", "--init", "teacher", "--proj"]],
+        ("student", "backbone.cls_token", "loss"), (["--student", "prenorm"], "--student was postnorm"),
         default=("--teacher_epochs", 1, "--max_steps", 2), writes=["teacher"],
-        says="no --teacher: a small one is trained first.*teacher, vit_nano of 4 blocks.*student, "
-             "vit_nano of 2 blocks.*teacher: k-NN top-1.*step 0 .*validation loss.*step 2 "
-             ".*validation loss.*step 2 .*k-NN top-1"),
+        says="no --teacher: a small one is trained first.*teacher, vit_nano of 4 blocks.*student, vit_nano of 2 blocks.*"
+             "teacher: k-NN top-1.*step 0 .*validation loss.*step 2 .*validation loss.*step 2 .*k-NN top-1"),
 ]
 IDS = {"ids": lambda value: value.name if isinstance(value, Script) else None}
 each_script = pytest.mark.parametrize("script", SCRIPTS, **IDS)
 # by default the first script stands for all where a test takes many seconds and tests common.py
-first_script = pytest.mark.parametrize("script", [SCRIPTS[0]] + [
-    pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:]], **IDS)
+others = [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:]]
+first_script = pytest.mark.parametrize("script", [SCRIPTS[0], *others], **IDS)
 
 
 @pytest.fixture(autouse=True)
@@ -130,13 +119,12 @@ def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(7)
     options = dict(arch="vit_nano", img_size=16, patch_size=4)
-    weights = common.create_backbone(**options).state_dict()
+    student = {f"backbone.{key}": value for key, value in common.create_backbone(**options).state_dict().items()}
     meta = dict(network="student", backbone=options, mean=common.MEAN, std=common.STD)
     paths = {name: root / name / "checkpoint.pth" for name in ("simdis", "rrkd", "rrkd_labels")}
     paths["backbone"] = root / "backbone.pth"
-    student = {f"backbone.{key}": value for key, value in weights.items()}
     torch.save({"student": student, "meta": meta}, paths["backbone"])
-    simdis, rrkd = SCRIPTS[1], SCRIPTS[2]
+    simdis, rrkd = SCRIPTS[1:3]
     with pytest.MonkeyPatch.context() as patch:
         bare_runs.__wrapped__(patch)
         teacher = ["--stage", "teacher", "--output_dir", root / "simdis", "--max_steps", 1]
@@ -163,11 +151,7 @@ def train(script, files, folder, *flags):
 
 def attempt(script, files, capsys, *flags):
     """A run through `launch` that must end early -> something like a finished process."""
-
-    def main():
-        script.module.train(arguments(script, files, *flags))
-
-    return finished(capsys, main)
+    return finished(capsys, lambda: script.module.train(arguments(script, files, *flags)))
 
 
 def losses_of(folder):
@@ -183,7 +167,7 @@ def assert_same_run(one, two):
     assert same(one, two)
 
 
-# ----------------------------------------------------------------------- P1: several processes
+# ------------------------------------------------------- P1, P2, P3: several processes, exact repeats
 
 
 @first_script
@@ -192,8 +176,7 @@ def test_two_processes_log_the_same_trace(script, teachers, tmp_path, monkeypatc
     monkeypatch.setattr(script.module, "knn_accuracy", common.knn_accuracy)
     train(script, teachers, tmp_path / "1", "--max_steps", 3)
     flags = filled([*TINY, *script.small], teachers)
-    result = run_script(f"{script.name}.py", *flags, "--max_steps", 3, "--output_dir",
-                        tmp_path / "2", processes=2)
+    result = run_script(f"{script.name}.py", *flags, "--max_steps", 3, "--output_dir", tmp_path / "2", processes=2)
     assert result.returncode == 0, result.stderr
     one, two = (read_log(tmp_path / folder) for folder in "12")
     assert len(one) == len(two) >= 5
@@ -204,14 +187,9 @@ def test_two_processes_log_the_same_trace(script, teachers, tmp_path, monkeypatc
                 assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
-# ----------------------------------------------------------------------- P2, P3: exact repeats
-
-
-@pytest.mark.parametrize("script, flags", [
-    (script, flags) for script in SCRIPTS for flags in script.methods], **IDS)
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in SCRIPTS for flags in script.methods], **IDS)
 def test_resume_is_exact(script, flags, teachers, few_digits, tmp_path):
-    """P2, P3: 3 steps, stop, resume and 3 steps = 6 steps, bit for bit and across the end of an
-    epoch."""
+    """P2, P3: 3 steps, stop, resume and 3 steps = 6 steps, bit for bit and across the end of an epoch."""
     flags = [*flags, "--batch_size", 16]  # four steps an epoch
     whole = train(script, teachers, tmp_path / "whole", *flags, "--max_steps", 6)
     train(script, teachers, tmp_path / "parts", *flags, "--max_steps", 3)
@@ -223,22 +201,23 @@ def test_resume_is_exact(script, flags, teachers, few_digits, tmp_path):
 
 
 @each_script
-def test_seeds_count(script, teachers, few_digits, tmp_path):
-    """P3: another seed has another trace."""
-    for seed in (0, 1):
-        train(script, teachers, tmp_path / str(seed), "--max_steps", 1, "--seed", seed)
-    assert losses_of(tmp_path / "0")[0]["loss"] != losses_of(tmp_path / "1")[0]["loss"]
+def test_seeds_count_and_low_precision_stays_close(script, teachers, few_digits, tmp_path):
+    """P3: another seed has another trace. Two steps under bf16 autocast are near, and not at, those in fp32."""
+    losses = {}
+    for name, flags in {"fp32": [], "seed": ["--seed", 1], "bf16": ["--dtype", "bf16"]}.items():
+        train(script, teachers, tmp_path / name, "--max_steps", 2, "--batch_size", 8, *flags)
+        losses[name] = [record["loss"] for record in losses_of(tmp_path / name)]
+    assert losses["fp32"][0] != losses["seed"][0]
+    assert losses["fp32"][1] != losses["bf16"][1] and losses["fp32"][1] == pytest.approx(losses["bf16"][1], rel=0.03)
 
 
 @each_script
 def test_workers_do_not_matter(script, teachers, image_folder, tmp_path):
-    """P3: the same trace with 0 and 2 workers, from files; and where a run is resumed in the
-    middle of an epoch with another number of them."""
+    """P3: the same trace with 0 and 2 workers, from files; and where a run is resumed in mid-epoch with another number of them."""
     flags = ["--data", image_folder, *script.on_files, "--batch_size", 8, "--epochs", 4]
     one = train(script, teachers, tmp_path / "one", *flags, "--max_steps", 5)
     train(script, teachers, tmp_path / "two", *flags, "--max_steps", 2, "--num_workers", 2)
-    two = train(script, teachers, tmp_path / "two", *flags, "--max_steps", 5, "--num_workers", 1,
-                "--resume")
+    two = train(script, teachers, tmp_path / "two", *flags, "--max_steps", 5, "--num_workers", 1, "--resume")
     assert_same_run(one, two)
 
 
@@ -254,9 +233,8 @@ def test_two_files_in_an_empty_folder_run(script, tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / script.name
     assert sorted(path.name for path in run.iterdir()) == sorted([*FILES, *script.writes])
-    log = (run / "log.jsonl").read_text()
     assert re.search(script.says, result.stdout, re.DOTALL), result.stdout
-    assert "chance" in result.stdout + log
+    assert "chance" in result.stdout + (run / "log.jsonl").read_text()
     assert all(word in result.stderr for word in ("loss", "lr", "img/s"))
     assert len(re.split("[\r\n]+", result.stderr)) < 100  # bars keep short where nobody looks
     records = [record for record in read_log(run) if "loss" in record]
@@ -276,19 +254,15 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(script, teachers, tmp_pa
     checkpoint[network][weight].view(-1)[0] = math.nan
     common.save_file(checkpoint, tmp_path / "checkpoint.pth")
     poisoned = (tmp_path / "checkpoint.pth").read_bytes()
-    result = attempt(script, teachers, capsys, "--output_dir", tmp_path, "--max_steps", 40,
-                     "--resume", "--log_every", 7)
-    assert result.returncode == 1
-    assert re.search(f"stopped: {term} was not finite at step 4", result.stdout)
+    result = attempt(script, teachers, capsys, "--output_dir", tmp_path, "--max_steps", 40, "--resume", "--log_every", 7)
+    assert result.returncode == 1 and re.search(f"stopped: {term} was not finite at step 4", result.stdout)
     assert (tmp_path / "checkpoint.pth").read_bytes() == poisoned
 
 
-@pytest.mark.parametrize("script, number", [
-    (script, signal.SIGTERM) for script in SCRIPTS] + [(SCRIPTS[0], signal.SIGINT)], **IDS)
-def test_signals_save_and_exit(script, number, teachers, few_digits, tmp_path, capsys,
-                               monkeypatch):
-    """P6: a signal in the second step saves after it and says so, the exit code is 128 + signal,
-    and --resume ends as a run that nothing happened to."""
+@pytest.mark.parametrize("script, number", [(script, signal.SIGTERM) for script in SCRIPTS] + [(SCRIPTS[0], signal.SIGINT)], **IDS)
+def test_signals_save_and_exit(script, number, teachers, few_digits, tmp_path, capsys, monkeypatch):
+    """P6: a signal in the second step saves after it and says so, the exit code is 128 + signal, and --resume ends as a run that
+    nothing happened to."""
     flags = ["--batch_size", 16, "--save_every", 0, "--max_steps", 4]
     whole = train(script, teachers, tmp_path / "whole", *flags)
     end_step = common.Run.end_step
@@ -307,42 +281,33 @@ def test_signals_save_and_exit(script, number, teachers, few_digits, tmp_path, c
     assert_same_run(whole, train(script, teachers, tmp_path / "cut", *flags, "--resume"))
 
 
-@each_script
-def test_a_signal_in_a_check_ends_at_once(script, teachers, tmp_path, capsys, monkeypatch):
-    """P6: before the first step nothing is there to be saved: one line, and exit code 130."""
-
-    def interrupted(*arguments, **options):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-    monkeypatch.setattr(script.module, "knn_accuracy", interrupted)
-    result = attempt(script, teachers, capsys, "--output_dir", tmp_path)
-    assert result.returncode == 130 and result.stderr.strip().endswith("stopped by SIGINT")
-    assert not (tmp_path / "checkpoint.pth").exists()
-
-
-def test_a_signal_in_a_later_check_saves(teachers, tmp_path, capsys, monkeypatch):
-    """P6: the steps before the check are kept, and the check is left out."""
-    script = SCRIPTS[0]
+@pytest.mark.parametrize("script, check", [(script, 1) for script in SCRIPTS] + [(SCRIPTS[0], 2)], **IDS)
+def test_a_signal_in_a_check(script, check, teachers, tmp_path, capsys, monkeypatch):
+    """P6: the check ends at once. Before the first step nothing is there to be saved: one line, exit code 130. Later the steps
+    before the check are kept."""
     calls = []
 
     def interrupted(*arguments, **options):
         calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == check:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
         return 50.0
 
     monkeypatch.setattr(script.module, "knn_accuracy", interrupted)
-    flags = ["--batch_size", 512, "--save_every", 0, "--knn_every", 1, "--epochs", 9]
+    flags = ["--save_every", 0, "--knn_every", 1, "--epochs", 9, "--batch_size", 512]
     result = attempt(script, teachers, capsys, "--output_dir", tmp_path, *flags)
-    assert result.returncode == 128 + signal.SIGTERM and "continue with --resume" in result.stdout
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
-    assert [record["step"] for record in read_log(tmp_path) if "knn" in record] == [0]
+    assert result.returncode == 130
+    if check == 1:
+        assert result.stderr.strip().endswith("stopped by SIGINT") and not (tmp_path / "checkpoint.pth").exists()
+    else:
+        assert "continue with --resume" in result.stdout
+        assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
+        assert [record["step"] for record in read_log(tmp_path) if "knn" in record] == [0]
 
 
 @each_script
-def test_overwrite_keeps_the_old_run_until_the_new_one_saves(script, teachers, tmp_path, capsys,
-                                                             monkeypatch):
+def test_overwrite_keeps_the_old_run_until_the_new_one_saves(script, teachers, tmp_path, capsys, monkeypatch):
     train(script, teachers, tmp_path, "--max_steps", 2)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     flags = ["--output_dir", tmp_path, "--max_steps", 1, "--overwrite"]
@@ -374,10 +339,9 @@ def test_a_moved_run_with_a_damaged_log_resumes(script, teachers, tmp_path):
 def test_two_runs_in_one_folder_are_refused(script, teachers, tmp_path, capsys):
     """The lock is another process's, and dies with it."""
     pytest.importorskip("fcntl")
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); " \
-           "print('locked', flush=True); sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     result = attempt(script, teachers, capsys, "--output_dir", tmp_path)
     assert_one_line_error(result, "another process trains in .*another --output_dir")
@@ -388,8 +352,7 @@ def test_two_runs_in_one_folder_are_refused(script, teachers, tmp_path, capsys):
 def test_a_closed_pipe_does_not_end_a_run(teachers, tmp_path):
     """`| head -1`: training goes on to its end."""
     os.mkfifo(tmp_path / "pipe")
-    process = start(SCRIPTS[0], teachers, tmp_path / "run", "--epochs", 1, "--max_steps", 3,
-                    outputs=[tmp_path / "pipe"])
+    process = start(SCRIPTS[0], teachers, tmp_path / "run", "--epochs", 1, "--max_steps", 3, outputs=[tmp_path / "pipe"])
     with open(tmp_path / "pipe") as pipe:
         pipe.readline()
     process.join(timeout=120)
@@ -413,8 +376,7 @@ def wait_until(condition, seconds=180):
 def test_a_signal_to_all_processes_saves_too(teachers, image_folder, tmp_path):
     """P6: shells and torchrun signal the whole group, the workers of the loader included."""
     script = SCRIPTS[0]
-    flags = ["--data", image_folder, *script.on_files, "--batch_size", 8, "--save_every", 0,
-             "--num_workers", 2]
+    flags = ["--data", image_folder, *script.on_files, "--batch_size", 8, "--save_every", 0, "--num_workers", 2]
     process = start(script, teachers, tmp_path, *flags, outputs=[tmp_path / "stdout"])
     log = tmp_path / "log.jsonl"
     wait_until(lambda: not process.is_alive() or log.exists() and len(losses_of(tmp_path)) > 3)
@@ -457,11 +419,10 @@ def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, teachers, 
         result = attempt(script, teachers, capsys, "--output_dir", tmp_path / "run", *flags)
         assert_one_line_error(result, says, code=code)
 
-    least = dict(img_size=1, patch_size=1, epochs=1, batch_size=2, max_steps=1, log_every=1, seed=0,
-                 lr=0, warmup_epochs=0, weight_decay=0, num_workers=0, save_every=0, knn_every=0)
+    least = dict(img_size=1, patch_size=1, epochs=1, batch_size=2, max_steps=1, log_every=1, seed=0, lr=0, warmup_epochs=0,
+                 weight_decay=0, num_workers=0, save_every=0, knn_every=0)
     for name, value in least.items():
-        says = f"argument --{name}: {value - 1} is not a number of at least {value}"
-        check(f"--{name}", value - 1, says=says)
+        check(f"--{name}", value - 1, says=f"argument --{name}: {value - 1} is not a number of at least {value}")
     check("--lr", "nan", says="argument --lr: nan is not a number of at least 0")
     check("--lr", "fast", says="argument --lr: invalid float value: 'fast'")
     check("--init", "", says="argument --init: no file ''")
@@ -488,22 +449,12 @@ def test_resume_with_other_settings_is_refused(script, teachers, tmp_path, capsy
 # ------------------------------------------------------------------- flags, precision, learning
 
 
-@each_script
+@pytest.mark.parametrize("script", [*(script.name for script in SCRIPTS), "eval_linear"])
 def test_every_flag_is_read(script):
     """No dead flags: each is read as an attribute of args somewhere."""
-    source = (ROOT / f"{script.name}.py").read_text() + (ROOT / "common.py").read_text()
-    for name in vars(script.module.parse_arguments([])):
+    source = (ROOT / f"{script}.py").read_text() + (ROOT / "common.py").read_text()
+    for name in vars(importlib.import_module(script).parse_arguments([])):
         assert re.search(rf"\bargs\.{name}\b", source), name
-
-
-@each_script
-def test_low_precision_stays_close(script, teachers, few_digits, tmp_path):
-    """Two steps under bf16 autocast are near, and not at, those in fp32."""
-    for dtype in ("fp32", "bf16"):
-        train(script, teachers, tmp_path / dtype, "--max_steps", 2, "--dtype", dtype,
-              "--batch_size", 8)
-    exact, rounded = (losses_of(tmp_path / dtype)[1]["loss"] for dtype in ("fp32", "bf16"))
-    assert exact != rounded and exact == pytest.approx(rounded, rel=0.03)
 
 
 class StepDone(Exception):
@@ -512,8 +463,8 @@ class StepDone(Exception):
 
 @each_script
 def test_a_step_keeps_to_its_device(script, teachers, tmp_path, monkeypatch):
-    """The forward pass of a step on a GPU that need not exist: fake tensors have no numbers, but
-    refuse what mixes devices. It begins once the networks are made, on the CPU, and moved."""
+    """The forward pass of a step on a GPU that need not exist: fake tensors have no numbers, but refuse what mixes devices. It
+    begins once the networks are made, on the CPU, and moved."""
     cuda = torch.device("cuda", 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     module_to = torch.nn.Module.to
@@ -535,9 +486,7 @@ def test_a_step_keeps_to_its_device(script, teachers, tmp_path, monkeypatch):
         return self
 
     def setup(args):
-        args.device = "cuda"
-        args.dtype = "fp32"
-        args.compile = False
+        vars(args).update(device="cuda", dtype="fp32", compile=False)
         return cuda
 
     def steps(self):

@@ -42,7 +42,6 @@ SMALL = {
     "eval_knn.py": [],
     "eval_linear.py": ["--overwrite"],
 }
-SKIP = {"beitv2_base": "weights of 86 M parameters; test_d2v_kd.py makes and runs them with --slow"}
 
 
 def make_mnist(folder):
@@ -57,7 +56,7 @@ def make_mnist(folder):
 
 
 @pytest.fixture(scope="module")
-def places(photos, tmp_path_factory):
+def places(photos, image_folder, tmp_path_factory):
     """A folder with the scripts, data under the README's placeholders, a checkpoint of ours and
     one in DINO's form."""
     root = tmp_path_factory.mktemp("readme")
@@ -75,16 +74,10 @@ def places(photos, tmp_path_factory):
     make_mnist(root / "data" / "MNIST" / "raw")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, root)
-    generator = torch.Generator().manual_seed(0)
-    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
-        (root / "images" / folder).mkdir(parents=True)
-        for i in range(8):
-            size = (40 + i, 48, 3)
-            pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / "images" / folder / f"{i}.jpg")
-    shutil.copy(root / "images" / "train" / "cat" / "0.jpg", root / "photo.jpg")
+    shutil.copytree(image_folder, root / "images")
+    shutil.copy(image_folder / "train" / "cat" / "0.jpg", root / "photo.jpg")
     weights = common.vit_small(img_size=224, patch_size=16).state_dict()
-    weights = {f"backbone.{name}": x for name, x in weights.items() if name != "mask_token"}
+    weights = {f"backbone.{name}": value for name, value in weights.items()}
     torch.save({"teacher": weights}, root / "dino_deitsmall16_pretrain.pth")
     trained = run_script("sdssl.py", *SMALL["sdssl.py"], "--patch_size", 8, cwd=root)
     assert trained.returncode == 0, trained.stderr
@@ -135,9 +128,8 @@ def test_what_the_first_command_prints_is_what_it_prints(places):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, places):
-    for part, why in SKIP.items():
-        if part in command:
-            pytest.skip(why)
+    if "beitv2_base" in command:
+        pytest.skip("weights of 86 M parameters; test_d2v_kd.py makes and runs them with --slow")
     words = shlex.split(re.sub(r"/path/to/\S+|\bcifar10\b", str(places / "images"), command))
     processes = 2 if command == TORCHRUN else 1  # the flags of the others need no second process
     script, *flags = [word for word in words[1:] if not word.startswith("--nproc")]
