@@ -1688,8 +1688,7 @@ class Run:
         # SIGINT or SIGTERM: save and exit
         stopping = len(signals) > 0
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
-            number = self.first_bad.new_tensor(len(signals))
-            stopping = logging and mean_over_processes(number).item() > 0
+            stopping = logging and max(of_each_process(len(signals), self.loader.device)) > 0
         # checks and saving, whose time is not that of the steps
         paused = time.perf_counter()
         saving = last or self.ends_epoch(step, self.args.save_every)

@@ -83,6 +83,7 @@ TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
 
 def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """Top-1 and top-5 in per cent, a row for each layer and k; none without labels."""
+    # images
     train, test = load_data(data, args.data_path)
     labelled = test is not None and train.labelled and test.labelled
     if not (labelled or args.features):
@@ -93,6 +94,8 @@ def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
         splits["test"] = test
     sizes = ", ".join(f"{len(part)} {name} images" for name, part in splits.items())
     log(f"{data}: {sizes}, {len(train.classes)} classes")
+
+    # features, saved where that is asked for
     splits = {name: split_features(part, backbone, meta, device, args)
               for name, part in splits.items()}
     if args.features:
@@ -102,6 +105,8 @@ def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
     if not labelled:
         log("k-NN skipped: it needs labels in a training and a test split")
         return []
+
+    # images without a label have no vote and are not asked
     train, test = splits.values()
     known = train["labels"] >= 0
     asked = test["labels"] >= 0
@@ -110,6 +115,8 @@ def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
     C = len(train["classes"])
     log(f"k-NN of {len(test_labels)} test among {len(labels)} training images, {C} classes, "
         f"T = {args.temperature}")
+
+    # accuracies of each layer, or of the last one alone
     layers = [(train["features"], test["features"])]
     if args.layers == "all":
         layers = zip(train["features"], test["features"], strict=True)
@@ -252,6 +259,7 @@ def descriptors(backbone, files: list, name: str, meta: dict, device, args) -> l
 
 def search(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """mAP and mP@k in per cent, a row for each layer and setup."""
+    # images, and for each query which of them are right
     read = {"retrieval": read_oxford, "copy": read_copydays}[args.task]
     queries, database, truths = read(Path(data))
     if not any(positives for truth in truths for positives, _ in truth.values()):
@@ -261,11 +269,15 @@ def search(data: str, backbone, meta: dict, device, args) -> list[dict]:
     learnt = f"whitening learnt on {len(others)} images" if others else "no whitening"
     log(f"{data}: {len(queries)} queries among {len(database)} images and {len(distractors)} "
         f"distractors; {learnt}")
+
+    # descriptors: of each part, L of (n, D)
     parts = {"queries": queries,
              "database": [(path, None) for path in database + distractors],
              "whitening": [(path, None) for path in others]}
     described = [descriptors(backbone, files, name, meta, device, args)
                  for name, files in parts.items()]
+
+    # each query ranks the database by cosine
     rows = []
     for layer, (asked, bank, others) in enumerate(zip(*described, strict=True), 1):
         if args.whitening:
@@ -340,6 +352,7 @@ def video(data: str, backbone, meta: dict, device, args) -> list[dict]:
                 with autocast(device, args.dtype):
                     tokens = backbone.tokens(x, layers_of(backbone, args))
                 layers = [patches[0].float() for _, patches in tokens]  # L of (h, w, D)
+                # the first frame has its labels; the others get them from those before
                 if i == 0:
                     objects, labels = first_labels(true, layers[0].shape[:2], path)
                     memories = [[(features, labels.to(device))] for features in layers]
@@ -354,8 +367,10 @@ def video(data: str, backbone, meta: dict, device, args) -> list[dict]:
                 bar.update()
             sums = torch.tensor(scores).mean(0).sum(1)  # (frames, L, objects, 2) -> (L, 2)
             totals += F.pad(sums, (0, 1), value=objects)  # (L, 3)
+
+    # means over the objects of all sequences
     totals = mean_over_processes(totals.to(device)) * world_size()
-    means = (100 * totals[:, :2] / totals[:, 2:]).tolist()  # over all objects
+    means = (100 * totals[:, :2] / totals[:, 2:]).tolist()
     rows = []
     for layer, (j, f) in enumerate(means, 1):
         both = (j + f) / 2

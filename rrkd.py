@@ -581,6 +581,7 @@ def train(args) -> None:
     if not args.teacher:
         make_backbone(args.teacher_arch, args.img_size, args.patch_size)
 
+    # teacher
     results = {}
     folder = Path(args.output_dir)
     teacher_file = None
@@ -593,10 +594,14 @@ def train(args) -> None:
         first = variant(args, loss="none", arch=args.teacher_arch, momentum=args.teacher_momentum,
                         init=None, max_steps=None, output_dir=str(folder / "teacher"))
         results["teacher"] = fit(first, data)
+
+    # baseline and student
     if args.baseline and args.loss != "none":
         alone = variant(args, loss="none", output_dir=str(folder / "baseline"))
         results["baseline"] = fit(alone, data)
     results["student"] = fit(args, data, teacher_file)
+
+    # accuracies side by side
     for name, result in results.items():
         score = "none: no labels of two classes to test with"
         if result["accuracy"] is not None:
