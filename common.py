@@ -99,6 +99,7 @@ def launch(main) -> None:
         tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
         sys.exit(128 + signals[-1])
     if dist.is_initialized():  # not after an error: others may wait for what does not come
+        barrier()  # with torch 2.6 a group that has just worked may wait for itself
         dist.destroy_process_group()
 
 

@@ -461,6 +461,7 @@ class StepDone(Exception):
     """What a step leaves: its losses and the features that are watched."""
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="fake tensors of torch 2.6 ask for a CUDA driver")
 @each_script
 def test_a_step_keeps_to_its_device(script, teachers, tmp_path, monkeypatch):
     """The forward pass of a step on a GPU that need not exist: fake tensors have no numbers, but refuse what mixes devices. It
