@@ -183,7 +183,7 @@ def setup(args) -> torch.device:
         # instructions of this processor; older versions of PyTorch do not tell
         has = getattr(torch.cpu, "get_capabilities", dict)()
         if args.device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")):
-            log_once("--dtype bf16 would be faster on this processor, which has instructions for "
+            log_once("--dtype bf16 may be faster on this processor, which has instructions for "
                      "it; fp32 gives the same numbers on all")
     if getattr(args, "compile", False) is None:
         args.compile = cuda
