@@ -31,6 +31,7 @@ import urllib.error
 import urllib.request
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +140,16 @@ def fresh_store(store, number: int) -> dist.Store:
     """A store for this start alone, which its first process serves. torchrun's own outlives the
     processes that it starts again, and still says where the dead ones listened."""
     host = os.environ["MASTER_ADDR"]
+    timeout = timedelta(minutes=30)  # as torch's own: the first process may download the data
     if number == 0:
-        fresh = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        fresh = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         store.set("port", str(fresh.port))
         return fresh
     while True:
         port = int(store.get("port"))
         try:
             socket.create_connection((host, port), timeout=5).close()
-            return dist.TCPStore(host, port)
+            return dist.TCPStore(host, port, timeout=timeout)
         except OSError:
             time.sleep(0.1)  # the port is that of a dead process: wait for the new one
 
