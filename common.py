@@ -136,20 +136,22 @@ def progress(items=None, **options) -> tqdm:
     return tqdm(items, disable=rank() > 0, mininterval=interval, dynamic_ncols=True, **options)
 
 
+PATIENCE = timedelta(minutes=30)  # for the first process, which may download the data
+
+
 def fresh_store(store, number: int) -> dist.Store:
     """A store for this start alone, which its first process serves. torchrun's own outlives the
     processes that it starts again, and still says where the dead ones listened."""
     host = os.environ["MASTER_ADDR"]
-    timeout = timedelta(minutes=30)  # as torch's own: the first process may download the data
     if number == 0:
-        fresh = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        fresh = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
         store.set("port", str(fresh.port))
         return fresh
     while True:
         port = int(store.get("port"))
         try:
             socket.create_connection((host, port), timeout=5).close()
-            return dist.TCPStore(host, port, timeout=timeout)
+            return dist.TCPStore(host, port, timeout=PATIENCE)
         except OSError:
             time.sleep(0.1)  # the port is that of a dead process: wait for the new one
 
@@ -177,16 +179,11 @@ def setup(args) -> torch.device:
             raise InputError(f"RANK is set, but not all that torchrun sets ({error}): start with "
                              f"torchrun, or unset RANK") from None
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(store, number),
-                                rank=number, world_size=processes)
+                                rank=number, world_size=processes, timeout=PATIENCE)
     if args.dtype is None:
         args.dtype = "fp32"
         if cuda:
             args.dtype = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        # instructions of this processor; older versions of PyTorch do not tell
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        if args.device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")):
-            log_once("--dtype bf16 may be faster on this processor, which has instructions for "
-                     "it; fp32 gives the same numbers on all")
     if getattr(args, "compile", False) is None:
         args.compile = cuda
     if args.dtype != "fp32":
@@ -199,6 +196,12 @@ def autocast(device: torch.device, dtype: str):
     """The one precision path: autocast to bf16 or fp16, or nothing for fp32."""
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, types[dtype], enabled=dtype != "fp32")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for what that still has to do. Only CUDA keeps a
+    copy of what it has not read yet."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def to_fp32(x):
@@ -289,12 +292,14 @@ class ImageData:
         return tuple(image.shape[-2:])
 
     def fingerprint(self) -> str:
-        """The number of images and a digest of their labels and their names below the folder."""
+        """Number and size of the images, and a digest of their labels and their names below the
+        folder, which may move."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         root = len(os.path.commonprefix(self.paths or []))
         for path in self.paths or []:
             digest.update(os.fsencode(path[root:]) + b"\n")
-        return f"{len(self)} images, {digest.hexdigest()[:16]}"
+        height, width = self.image_size()
+        return f"{len(self)} images of {height} x {width}, {digest.hexdigest()[:15]}"
 
 
 def read_image(path) -> Tensor:
@@ -317,7 +322,7 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
     least, most = pixels.min(), pixels.max()
     if least < 0 or most > 65535:
         raise ValueError(f"pixels from {least} to {most} do not fit 0 to 65535")
-    if most < 4096:
+    if 0 < most < 4096:
         log_once("16-bit images that use 12 bits or fewer are nearly black: scale them to 0..65535")
     return (pixels / 257).round().astype(np.uint8)  # 65535 / 257 = 255
 
@@ -337,7 +342,7 @@ def find_images(folder) -> list[str]:
             folders.clear()  # a link to a folder above would never end
             continue
         seen.add(os.path.realpath(top))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in IMAGE_SUFFIXES and not name.startswith("."):
@@ -369,6 +374,9 @@ def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> Im
             raise InputError(f"class folder {entry} {reason}: add some, or delete it")
         paths += images
         labels += [classes.index(entry.name)] * len(images)
+    loose = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
+    if folders and loose:
+        log(f"{folder}: {len(loose)} images beside the class folders are not read")
     # without class folders, or where labels are not asked for: every image below
     if not folders:
         paths = find_images(folder)
@@ -395,9 +403,9 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
     if data in DATASETS:
         try:
             if rank() == 0:  # one process downloads, the others find the files
-                load_torchvision(data, data_path)
+                loaded = load_torchvision(data, data_path)
             barrier()
-            return load_torchvision(data, data_path)
+            return loaded if rank() == 0 else load_torchvision(data, data_path)
         except Exception as error:
             raise InputError(f"{data} is not under {data_path} and could not be downloaded "
                              f"({one_line(error)}): pass --data_path or --data DIR") from None
@@ -410,7 +418,12 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
     train = read_folder(root / "train", labelled=True)
     for name in ("val", "validation", "test"):
         if (root / name).is_dir() and train.classes:
-            return train, read_folder(root / name, True, train.classes)
+            test = read_folder(root / name, True, train.classes)
+            # both from files if one is: those in memory are not cut to their middle
+            if train.images is None or test.images is None:
+                train.images = None
+                test.images = None
+            return train, test
     return train, None
 
 
@@ -422,7 +435,7 @@ def load_digits() -> tuple[ImageData, ImageData]:
     digits = datasets.load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8)
     images = torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1)  # (n, 3, 8, 8)
-    data = ImageData(torch.from_numpy(digits.target), list(range(10)), images)
+    data = ImageData(torch.from_numpy(digits.target).long(), list(range(10)), images)
     rows = train_test_split(range(len(data)), test_size=0.2, random_state=0, stratify=data.labels)
     return tuple(data.subset(torch.tensor(part)) for part in rows)
 
@@ -536,7 +549,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, out: int) -> Tensor:
     B, _, H, W = images.shape
     if H == W == out and (boxes[:, 2:] == out).all():
         return images.clone()  # `augment` works in place
-    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)  # (B,) each
+    top, left, height, width = to_device(boxes, images.device).unbind(1)  # (B,) each
     x = images.view(B, 3 * H, W) @ resize_weights(left, width, W, out).mT  # (B, 3*H, out)
     rows = resize_weights(top, height, H, out)  # (B, out, H)
     return rows[:, None] @ x.view(B, 3, H, out)  # (B, 3, out, out)
@@ -613,7 +626,7 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
 
     def chosen(name: str, probability: float) -> Tensor:
         rows = (u[:, COLUMNS[name]] < probability).nonzero()[:, 0]  # (n,)
-        return rows.to(x.device, non_blocking=True)
+        return to_device(rows, x.device)
 
     if view.flip:
         # left and right exchanged
@@ -625,14 +638,14 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         if view.p_jitter and view.jitter[place]:
             strength = view.jitter[place] * (2 * u[:, COLUMNS[name]] - 1)  # (B,)
             strength = strength * (u[:, COLUMNS["p_jitter"]] < view.p_jitter)
-            x = adjust(x, strength[:, None, None, None].to(x.device, non_blocking=True))
+            x = adjust(x, to_device(strength, x.device)[:, None, None, None])
     if view.grey:
         rows = chosen("grey", view.grey)
         x[rows] = tv.rgb_to_grayscale(x[rows], 3)
     if view.blur:
         rows = chosen("blur", view.blur)
         sigma = 0.1 + 1.9 * u[:, COLUMNS["sigma"]]  # (B,)
-        x[rows] = gaussian_blur(x[rows], sigma.to(x.device, non_blocking=True)[rows])
+        x[rows] = gaussian_blur(x[rows], to_device(sigma, x.device)[rows])
     if view.solarize:
         rows = chosen("solarize", view.solarize)
         images = x[rows]
@@ -701,7 +714,8 @@ class ViewLoader:
             height, width = torch.tensor([image.shape[1:] for image in images]).T
             resize = crop_and_resize_each
         else:
-            images = self.data.images[index.to(self.data.images.device)].float() / 255
+            images = self.data.images
+            images = images[to_device(index, images.device)].float() / 255
             height, width = images.shape[-2:]
             resize = crop_and_resize
         crops = []
@@ -733,7 +747,7 @@ class ViewLoader:
             views = []
             for view, (x, u) in zip(self.views, crops, strict=True):
                 if x.dtype == torch.uint8:
-                    x = x.to(device, non_blocking=True).float() / 255
+                    x = to_device(x, device).float() / 255
                 views.append(tv.normalize(augment(x, view, u, order), mean, std))
             yield step, views, self.index(step)
 
@@ -1132,7 +1146,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     without."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
-        token = name.endswith(("cls_token", "mask_token", "pos_embed"))
+        token = name.endswith(("_token", "pos_embed"))
         group = others if token or parameter.ndim <= 1 else decayed
         if parameter.requires_grad:
             group.append(parameter)
@@ -1225,7 +1239,7 @@ def distributed(model: nn.Module) -> nn.Module:
         return model
     for name, module in model.named_modules():
         foreign = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if foreign and not isinstance(module, BatchNorm):
+        if foreign and module.training and not isinstance(module, BatchNorm):
             raise InputError(f"{name} normalises over the images of one process alone: use another "
                              f"--arch, or one process")
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1379,8 +1393,11 @@ def start_from(backbone: nn.Module, path: str) -> None:
     weights = backbone_weights(content)
     load_weights(backbone, weights, path, as_dino=not meta_of(content))
     model = getattr(backbone, "model", backbone)
-    if is_moco_small(weights, content) and model.blocks[0].attn.num_heads != 12:
-        raise InputError(f"{path} is MoCo v3's ViT-S of 12 heads: pass --num_heads 12, which "
+    heads = meta_of(content).get("backbone", {}).get("num_heads")
+    if is_moco_small(weights, content):
+        heads = 12
+    if heads and model.blocks[0].attn.num_heads != heads:
+        raise InputError(f"{path} is a ViT of {heads} heads: pass --num_heads {heads}, which "
                          f"sdssl.py has")
 
 
@@ -1395,7 +1412,7 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
     weights = backbone_weights(content, network)
     meta = meta_of(content)
     if meta:
-        options = meta["backbone"]
+        options = meta.get(network, meta["backbone"])  # SimDis's networks have two architectures
         for name, value in dict(arch=arch, patch_size=patch_size, num_heads=num_heads).items():
             if value and value != options.get(name):
                 raise InputError(f"{checkpoint} has --{name} {options.get(name)}, not --{name} "
@@ -1554,8 +1571,9 @@ class Run:
     """
 
     in_step = False  # then a signal waits for the end of the step
-    MAY_DIFFER = {"data_path", "num_workers", "device", "dtype", "compile", "output_dir", "resume",
-                  "overwrite", "init", "save_every", "knn_every", "max_steps", "log_every"}
+    MAY_DIFFER = {"data", "data_path", "num_workers", "device", "dtype", "compile", "output_dir",
+                  "resume", "overwrite", "init", "save_every", "knn_every", "max_steps",
+                  "log_every"}
     SHOWN = {"knn": "k-NN top-1 {:.1f} %", "knn_teacher": "teacher: k-NN top-1 {:.1f} %",
              "loss_val": "validation loss {:.4f}"}
 
@@ -1563,6 +1581,7 @@ class Run:
         self.args = args
         self.settings = json.loads(json.dumps(vars(args)))  # as they come back from a file
         self.loader = loader
+        self.data = loader.data.fingerprint()
         self.meta = meta
         self.checks = checks or {}
         self.parts = parts
@@ -1589,16 +1608,18 @@ class Run:
                 raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
                                  f"or another --output_dir")
         # all have looked before one writes
-        starts = of_each_process(self.start, loader.device)
-        if min(starts) < max(starts):
-            raise InputError(f"the processes do not see the same checkpoint in {self.folder}: it "
-                             f"has to be on a file system that all machines share")
+        seen = hashlib.sha256(f"{self.start} {self.data}".encode()).hexdigest()[:15]
+        seen = of_each_process(int(seen, 16), loader.device)
+        if min(seen) < max(seen):
+            raise InputError(f"the processes do not see the same images, or not the same "
+                             f"checkpoint in {self.folder}: all machines need the same files")
         if rank() == 0:
             new_log.unlink(missing_ok=True)
             # a run that was killed has logged steps that its checkpoint does not know
             records = [record for record in self.records() if record["step"] <= self.start]
             lines = [json.dumps(record) + "\n" for record in records if self.start > 0]
-            self.log_file.write_text("".join(lines))
+            with replacing(self.log_file) as temporary:
+                temporary.write_text("".join(lines))
 
     def lock_folder(self) -> None:
         """Refuses a folder in which another process trains; the lock dies with its process."""
@@ -1624,12 +1645,11 @@ class Run:
         self.start = checkpoint.get("step")
         if not isinstance(settings, dict) or not isinstance(self.start, int):
             raise InputError(f"{path} holds no run to resume: use another --output_dir")
-        data = self.loader.data.fingerprint()
         # a resumed run must be the same run
         changed = [f"--{name} was {settings.get(name)}" for name, value in self.settings.items()
                    if name not in self.MAY_DIFFER and settings.get(name) != value]
-        if checkpoint.get("data", data) != data:
-            changed.append(f"its images were others: {checkpoint['data']}, now {data}")
+        if checkpoint.get("data") != self.data:
+            changed.append(f"its images were others: {checkpoint.get('data')}, now {self.data}")
         if changed:
             raise InputError(f"cannot resume {path} with other settings or data "
                              f"({', '.join(changed[:3])}); use another --output_dir")
@@ -1699,15 +1719,17 @@ class Run:
                if last or self.ends_epoch(step, every)]
         if saving or stopping or due:
             self.refuse_bad_weights(step)
+            self.share_buffers()
+        if saving or stopping:
+            self.save(step)
         try:
             # a signal ends a check at once, but not the run: what is trained is still saved
             Run.in_step = stopping
             self.check(step, [] if stopping else due)
         except KeyboardInterrupt:
             stopping = True
-        Run.in_step = True
-        if saving or stopping:
             self.save(step)
+        Run.in_step = True
         if rank() == 0 and (due or last or stopping):
             self.draw_curves()
         if stopping:
@@ -1756,6 +1778,14 @@ class Run:
                 if not torch.stack(finite).all():
                     self.give_up(f"weights of the {name} are not finite after step {step}")
 
+    def share_buffers(self) -> None:
+        """To all processes what the first one saves: BatchNorm over each process's own images has
+        running statistics of its own in each."""
+        for part in self.parts.values():
+            if world_size() > 1 and isinstance(part, nn.Module):
+                for buffer in part.buffers():
+                    dist.broadcast(buffer, 0)
+
     def give_up(self, reason: str) -> None:
         """Ends the run with exit code 1; nothing more is saved."""
         self.bar.close()
@@ -1801,13 +1831,12 @@ class Run:
         # plain containers and tensors, so that it loads with weights_only=True
         content = {name: part.state_dict() for name, part in self.parts.items()}
         weights = content.get(self.meta.get("network"))
-        content |= {"step": step, "args": self.settings, "meta": self.meta,
-                    "data": self.loader.data.fingerprint()}
-        save_file(content, self.folder / "checkpoint.pth")
+        content |= {"step": step, "args": self.settings, "meta": self.meta, "data": self.data}
         if weights:
             weights = backbone_weights({"model": weights})
             weights = {key: value for key, value in weights.items() if key != "mask_token"}
             save_file(weights, self.folder / "backbone.pth")
+        save_file(content, self.folder / "checkpoint.pth")
         # the old run, if there was one, has now been replaced
         if self.log_file.name != "log.jsonl":
             self.log_file = self.log_file.replace(self.folder / "log.jsonl")
@@ -1890,7 +1919,7 @@ def add_arguments(parser: argparse.ArgumentParser, method: str, init_type=existi
     add_system_arguments(parser, f"runs/{method}")
     add = parser.add_argument_group("monitoring").add_argument
     add("--knn_every", type=at_least(0), default=10, help="epochs between k-NN checks; 0: none but "
-        "at the end")
+        "before and after")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1918,7 +1947,8 @@ def add_system_arguments(parser, output_dir: str) -> None:
     add("--overwrite", action="store_true", help="replacement of what output_dir holds")
     add("--save_every", type=at_least(0), default=1, help="epochs between checkpoints; 0: none "
         "but at the end")
-    add("--log_every", type=at_least(1), default=10, help="steps between log records (default: 10)")
+    add("--log_every", type=at_least(1), default=10, help="steps between log records, where "
+        "several processes heed signals (default: 10)")
 
 
 def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
@@ -1935,4 +1965,7 @@ def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
             setattr(args, key, value)
     log(f"{len(data)} training images of {args.data}, recipe {name}; {args.device}, {args.dtype}, "
         f"{world_size()} process(es)")
+    if getattr(args, "warmup_epochs", None) and args.warmup_epochs >= args.epochs:
+        log(f"--warmup_epochs {args.warmup_epochs:g} fill all {args.epochs} epochs: the learning "
+            f"rate does not fall")
     return recipes[name]

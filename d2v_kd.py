@@ -43,7 +43,8 @@ before, 80.8 % after; validation loss 1.91, then 0.05.
     epsilon of norms    1e-8                    1e-5                  1e-5
     student's depth     "L_s = 12", half of 12  6                     half the teacher's
     learning rate       5e-4; later draft 1e-4                        5e-4 for 256 images
-    BEiTv2's positions  not said                                      one table for all blocks
+    BEiTv2's positions  not said                                      unilm: one table for all
+    its k-NN            -                                             of its own output, timm's
     the first blocks    of Data2Vec2                                  context encoder's first
     unlike widths       not met                                       --proj: a linear map
 """
@@ -60,8 +61,8 @@ from torch import Tensor
 from common import (MEAN, STD, VITS, ImageData, InputError, Parser, Run, View, ViewLoader,
                     add_arguments, apply_recipe, at_least, autocast, backbone_weights,
                     cosine_schedule, create_backbone, distributed, existing_file, extract_features,
-                    fp32, knn_accuracy, launch, load_backbone, load_data, load_weights, log,
-                    meta_of, parameter_groups, read_checkpoint, setup)
+                    fp32, is_moco_small, knn_accuracy, launch, load_backbone, load_data,
+                    load_weights, log, meta_of, parameter_groups, read_checkpoint, setup, to_device)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -93,8 +94,8 @@ EPS = 1e-5  # as released; the text says 1e-8
 @fp32
 def instance_norm(h: Tensor) -> Tensor:
     """Each dim of an image's states (B, T, D) to mean 0 and variance 1 over its T tokens."""
-    h = h - h.mean(1, keepdim=True)  # Eq. 1
-    return h * (h.square().mean(1, keepdim=True) + EPS).rsqrt()  # Eq. 2
+    h = h - h.mean(1, keepdim=True)  # Eqs. 1, 2
+    return h * (h.square().mean(1, keepdim=True) + EPS).rsqrt()
 
 
 def contextualized_target(hidden_states: list[Tensor]) -> Tensor:
@@ -175,12 +176,18 @@ def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized,
                    depth=args.depth, pos_embed="sincos", post_norm=args.student == "postnorm")
     if args.arch == meta["backbone"].get("arch"):  # then heads of the same width too
         options["num_heads"] = meta["backbone"].get("num_heads")
-    backbone = create_backbone(**options)
+    weights = {}
+    source = args.init
     if args.init == "teacher":
+        source = "the teacher"
         weights = getattr(teacher, "model", teacher).state_dict()
-        load_blocks(backbone, weights, args.init_blocks, "the teacher")
     elif args.init:
-        load_blocks(backbone, read_fairseq(args.init), args.init_blocks, args.init)
+        weights = read_fairseq(args.init)
+        if is_moco_small(weights, {}):
+            options["num_heads"] = 12
+    backbone = create_backbone(**options)
+    if weights:
+        load_blocks(backbone, weights, args.init_blocks, source)
     backbone.norm.requires_grad_(False)  # the hidden states are before it
     T, D = backbone.pos_embed.shape[1:]
     with torch.no_grad():
@@ -192,10 +199,6 @@ def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized,
     if D != width and not args.proj:
         raise InputError(f"the student is {D} wide and the teacher {width}: pass --proj")
     student = Contextualized(backbone, nn.Linear(D, width) if args.proj else None)
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
-    frozen = sum(p.numel() for p in teacher.parameters()) / 1e6
-    log(f"student, {args.arch} of {args.depth} blocks: {trainable:.1f} M trainable parameters, "
-        f"teacher {frozen:.1f} M frozen")
     meta = dict(method="d2v_kd", network="student", backbone=options, mean=meta["mean"],
                 std=meta["std"])
     return student, meta
@@ -228,16 +231,29 @@ def train(args) -> None:
             args.arch = args.arch or sizes["arch"]
         args.img_size = args.img_size or sizes.get("img_size")
         args.patch_size = args.patch_size or sizes.get("patch_size")
+    teacher_arch = args.teacher_arch
     recipe = apply_recipe(args, RECIPES, train_data)
+    if args.teacher:
+        args.teacher_arch = teacher_arch  # the recipe's is for want of a file
     if args.arch not in VITS:
         raise InputError(f"--arch {args.arch} is no student: use one of {' '.join(VITS)}")
-    if args.init and args.init != "teacher":
-        read_fairseq(args.init)  # a bad file is found before the teacher is trained
-    if args.teacher or args.teacher_arch:
+    if args.teacher or (args.teacher_arch or "").startswith("timm/"):
         backbone, meta = load_teacher(args)
+    elif args.teacher_arch:
+        raise InputError(f"--teacher_arch {args.teacher_arch} without weights teaches nothing: "
+                         f"pass --teacher FILE, or timm/NAME")
     else:
-        backbone, meta = train_teacher(args, recipe, train_data, device)
+        options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
+        meta = dict(method="d2v_kd", network="teacher", backbone=options, mean=MEAN, std=STD)
+        # a student that does not suit it is found before the teacher is trained
+        with torch.random.fork_rng(devices=[]):
+            build_student(args, create_backbone(**options), meta)
+        backbone, meta = train_teacher(args, recipe, train_data, device, meta)
     student, meta = build_student(args, backbone, meta)
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    frozen = sum(p.numel() for p in backbone.parameters()) / 1e6
+    log(f"student, {args.arch} of {args.depth} blocks: {trainable:.1f} M trainable parameters, "
+        f"teacher {frozen:.1f} M frozen")
     student.to(device)
     teacher = Contextualized(backbone).to(device)
     model = distributed(student)
@@ -296,23 +312,22 @@ def train(args) -> None:
         scaler.step(optimizer)
         scaler.update()
 
-        # log, check and save; a patch in the middle is watched for collapse
+        # log, check and save; a token in the middle is watched for collapse
         run.end_step(step, {"loss": loss}, features=pred[:, pred.shape[1] // 2],
                      lr=float(lr[step]), chance=2.0)
 
 
-def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn.Module, dict]:
-    """Where none is given: a ViT of the recipe's depth learns the labels, in teacher/."""
+def train_teacher(args, recipe: dict, train_data: ImageData, device, meta: dict):
+    """Where none is given: a ViT of the student's --arch learns the labels, in teacher/."""
     if not train_data.labelled:
         raise InputError(f"{args.data} has no labels to train a teacher by: pass --teacher")
     folder = Path(args.output_dir) / "teacher"
     log(f"no --teacher: a small one is trained first, by the labels, in {folder}")
     changes = dict(recipe["teacher_recipe"], epochs=args.teacher_epochs, output_dir=str(folder),
                    max_steps=None)
+    changes |= dict.fromkeys(("student", "depth", "init", "init_blocks", "proj"))  # not its own
     args = argparse.Namespace(**{**vars(args), **changes})
-    options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
-    meta = dict(method="d2v_kd", network="teacher", backbone=options, mean=MEAN, std=STD)
-    backbone = create_backbone(**options)
+    backbone = create_backbone(**meta["backbone"])
     head = nn.Linear(backbone.embed_dim, len(train_data.classes))
     teacher = nn.Sequential(OrderedDict(backbone=backbone, head=head)).to(device)
     model = distributed(teacher)
@@ -330,7 +345,7 @@ def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn
     for step, (x,), index in run.steps():
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
-        labels = labelled.labels[index].to(device, non_blocking=True)  # (B,)
+        labels = to_device(labelled.labels[index], device)  # (B,)
         with autocast(device, args.dtype):
             logits = model(x)  # (B, C)
         loss = F.cross_entropy(logits.float(), labels)
@@ -359,7 +374,7 @@ def parse_arguments(argv=None):
     add("--teacher_epochs", type=at_least(1), help="of a teacher that is trained here")
     add = parser.add_argument_group("student").add_argument
     add("--student", default="postnorm", choices=["postnorm", "prenorm"], help="kind of its blocks")
-    add("--depth", type=at_least(0), help="blocks of the student (default: half the teacher's)")
+    add("--depth", type=at_least(1), help="blocks of the student (default: half the teacher's)")
     add("--init_blocks", default="first", choices=["first", "spaced"],
         help="blocks that it takes from a deeper --init FILE or teacher (default: first)")
     add("--proj", action="store_true", help="linear map of its states to the teacher's width")
@@ -439,7 +454,7 @@ def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> 
     """From a network at least as deep: all but its blocks, and of those as many as fit."""
     L = block_count(weights, "blocks.")
     depth = len(backbone.blocks)
-    kind = "prenorm" if "norm.weight" in weights else "postnorm"
+    kind = "postnorm" if "norm_pre.weight" in weights else "prenorm"
     if (kind == "postnorm") != backbone.blocks[0].post_norm:
         raise InputError(f"{source} has {kind} blocks: pass --student {kind}")
     if L < depth:

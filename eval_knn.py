@@ -38,7 +38,10 @@ L of them; `paths`, or for data sets in memory the rows (n,); `labels` (n,), -1 
     copy: whitening      covariance not centred; variances     centred; directions under 1e-5 of
                          raised to 1e-5 of the largest         the largest variance left out
     copy: AP             of the first 20                       of the ranking of all
+    resizing             Lanczos; of frames OpenCV's bilinear  bicubic, antialiased
+    k-NN: top-5          of the first classes, votes or not    of classes with votes
     video: frames        480 x 854 become 480 x 832 (of 64)    480 x 848 for patches of 16
+    video: masks         argmax at patches * 16, then nearest  argmax at the frame's size
     video: ties          all that tie with the fifth           five
     video: normalised    red by 0.228                          by 0.229, as everywhere
     positions of         scale factor (n + 0.1) / m            the same for other people's files;
@@ -65,9 +68,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from common import (CORES, DATASETS, InputError, Parser, add_checkpoint_arguments, at_least,
                     autocast, extract_features, find_images, fp32, knn_classifier, launch,
-                    load_backbone, load_data, log, mean_over_processes, one_line, progress, rank,
-                    read_image, refuse_to_replace, replacing, save_file, setup, subplots,
-                    world_size)
+                    leave_process_group, load_backbone, load_data, log, mean_over_processes,
+                    one_line, progress, rank, read_image, refuse_to_replace, replacing, save_file,
+                    setup, subplots, world_size)
 
 TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07,
@@ -198,7 +201,8 @@ def photographs(files: list, batches: list, backbone, args) -> DataLoader:
     """Lists of images of the size that the task wants."""
     read = functools.partial(read_photographs, task=args.task, size=args.img_size,
                              patch=backbone.patch_size)
-    return DataLoader(files, batch_sampler=batches, num_workers=args.num_workers, collate_fn=read)
+    return DataLoader(files, batch_sampler=batches, num_workers=args.num_workers, collate_fn=read,
+                      worker_init_fn=leave_process_group)
 
 
 def normalised(images: list, meta: dict, device) -> Tensor:
@@ -488,15 +492,18 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def print_side_by_side(tables: dict[str, list[dict]]) -> None:
-    """The first metric of several data sets, a column each."""
-    lines = list(zip(*tables.values(), strict=True))
-    metric = metrics_of(lines[0][0])[0]
+    """The first metric of several data sets, a column each; nan where one has no such row."""
+    lines = {}
+    for place, rows in enumerate(tables.values()):
+        for row in rows:
+            metric = metrics_of(row)[0]
+            values = lines.setdefault((row["layer"], row["setup"]), [math.nan] * len(tables))
+            values[place] = row[metric]
     names = [Path(data).name or data for data in tables]
     log(f"\n{metric} in per cent\n{'':>13} " + " ".join(f"{name:>10}" for name in [*names, "mean"]))
-    for rows in lines:
-        values = [row[metric] for row in rows]
+    for (layer, row_setup), values in lines.items():
         values = " ".join(f"{value:10.2f}" for value in [*values, np.mean(values)])
-        log(f"{rows[0]['layer']:>6} {rows[0]['setup']:>6} {values}")
+        log(f"{layer:>6} {row_setup:>6} {values}")
 
 
 def save_results(rows: list[dict], args) -> None:
@@ -512,7 +519,8 @@ def save_results(rows: list[dict], args) -> None:
     curves = {}
     for other in [folder, *map(Path, args.compare or ())]:
         for row in json.loads((other / "results.json").read_text())["rows"]:
-            name = f"{other.name}: {Path(row['data']).name}, {row['setup']}"
+            folder_and_data = ["/".join(Path(path).parts[-2:]) for path in (other, row["data"])]
+            name = f"{': '.join(folder_and_data)}, {row['setup']}"
             curves.setdefault(name, []).append((row["layer"], row[metric]))
     figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     for name, points in curves.items():
@@ -571,8 +579,8 @@ def complete(args) -> None:
             raise InputError(f"--{name} is not for --task {args.task}, but for {', '.join(tasks)}")
     if args.output_dir is None and args.task != "knn":
         args.output_dir = f"runs/{args.task}"
-    if args.task == "video" and len(args.k) > 1:
-        raise InputError("--task video takes one --k")
+    if args.task == "video" and max(len(args.k), len(args.data)) > 1:
+        raise InputError("--task video takes one --k and one --data")
     if args.features is not None and len(args.data) > 1:
         raise InputError("--features takes one data set: run it once for each")
     if args.compare and not (args.output_dir and args.layers == "all"):
@@ -584,7 +592,7 @@ def complete(args) -> None:
             raise InputError(f"{path} holds no results of --task {args.task} --layers all")
     files = [args.features] if args.features is not None else []
     if args.output_dir:
-        files.append(f"{args.output_dir}/results.json")
+        files += [f"{args.output_dir}/{name}" for name in ("results.json", "layers.png", "masks")]
     refuse_to_replace(files, args.overwrite)
     for file in files:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -619,11 +627,11 @@ def main() -> None:
         tables[data] = [{"data": data, **row} for row in rows]
         if rows:
             print_rows(rows)
+        rows = sum(tables.values(), [])
+        if args.output_dir and rows and rank() == 0:
+            save_results(rows, args)
     if len(tables) > 1:
         print_side_by_side(tables)
-    rows = sum(tables.values(), [])
-    if args.output_dir and rows and rank() == 0:
-        save_results(rows, args)
 
 
 # ---------------------------------------------------------------------- files of the benchmarks

@@ -41,14 +41,17 @@ multi_exit.png.
     chosen               the epoch, by test    the epoch, by test    the rate, by held-out images
 
 All random numbers are functions of (seed, step, place in the global batch), timm's too, so the
-number of processes does not matter (but for timm's own CNNs, fine-tuned: their BatchNorm is per
-process). Crops are resized bilinearly, whole images bicubically.
+number of processes does not matter (timm's CNNs, whose BatchNorm is per process, are fine-tuned by
+one). Crops are resized bilinearly, whole images bicubically, files to 256 / 224 of the side and
+cut. The probe that is tested has not seen the images held out.
 
 Symbols: B images of this process, M of the global batch, L layers, D width, R rates, C classes, S
 side of an image.
 """
 import argparse
+import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -307,10 +310,12 @@ def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, Image
     # one of every 1 / share images, where the running sum of the shares passes a whole number
     sums = np.floor(np.arange(len(order) + 1) * share + 1e-9)
     held = torch.from_numpy(np.diff(sums) > 0)  # (n,)
-    if share and not held.any():
+    left = order[~held]
+    emptied = len(data.labels[left].unique()) < len(data.labels[order].unique())
+    if emptied or (share and not held.any()):
         raise InputError(f"{len(order)} labelled training images are too few to hold out {share:g} "
-                         f"of them: raise --holdout")
-    return data.subset(order[~held].sort().values), data.subset(order[held].sort().values)
+                         f"of them and keep some of each class: change --holdout")
+    return data.subset(left.sort().values), data.subset(order[held].sort().values)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -446,19 +451,23 @@ def evaluate(run: Run, network: nn.Module, data: ImageData, name: str) -> Tensor
     """Whole images through a network with logits (L, B, R, C) -> (3, L, R): top-1 and top-5 in per
     cent, and the loss."""
     loader = run.loader
-    mine = torch.arange(rank(), len(data), world_size())  # the processes share the images
+    # the processes share the images; where they do not divide, the first come again, uncounted
+    share = math.ceil(len(data) / world_size())
+    places = torch.arange(rank(), share * world_size(), world_size())
+    mine = places % len(data)
+    counted = (places < len(data)).to(loader.device)[:, None].split(EVAL_BATCH)  # of (B, 1)
     batches = eval_batches(data, mine, run.meta["img_size"], loader.device, EVAL_BATCH,
                            loader.num_workers, loader.mean, loader.std)
     labels_of_batches = data.labels[mine].to(loader.device).split(EVAL_BATCH)
     total = 0
     bar = progress(batches, total=len(labels_of_batches), desc=f"{name} images", leave=False)
-    for x, labels in zip(bar, labels_of_batches, strict=True):
+    for x, labels, once in zip(bar, labels_of_batches, counted, strict=True):
         with autocast(loader.device, run.args.dtype):
             logits = network(x).float()  # (L, B, R, C)
         best = logits.topk(min(5, logits.shape[-1])).indices  # (L, B, R, 5)
         hits = 100.0 * (best == labels[:, None, None])
         values = [hits[..., 0], hits.sum(-1), sample_losses(logits, labels)]  # (L, B, R) each
-        total = total + torch.stack(values).sum(2)  # (3, L, R)
+        total = total + (torch.stack(values) * once).sum(2)  # (3, L, R)
     means = (mean_over_processes(total) * world_size() / len(data)).cpu()
     if not means.isfinite().all():
         log(f"stopped: the loss of the {name} images is not finite")
@@ -577,11 +586,13 @@ def check_flags(args) -> None:
                          "--lr")
 
 
-def evaluate_on(args) -> list[dict]:
+def evaluate_on(args, data: ImageData, test: ImageData | None) -> list[dict]:
     """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
-    check_flags(args)
     device = setup(args)
-    # the network
+    # the network; a run that is resumed must have the same, whatever its file is called
+    if args.checkpoint:
+        digest = hashlib.sha256(Path(args.checkpoint).read_bytes())
+        args.weights = digest.hexdigest()[:16]
     backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size,
                                    args.network, args.num_heads)
     arch = meta["backbone"]["arch"]
@@ -591,7 +602,6 @@ def evaluate_on(args) -> list[dict]:
         args.pool = "mean" if args.finetune else "cls"
 
     # the images, all with labels
-    data, test = load_data(args.data, args.data_path)
     if test is None or not (data.labelled and test.labelled):
         raise InputError(f"{args.data} has no labels on one side, and this evaluation learns from "
                          f"them: give it train/CLASS and val/CLASS folders, or use eval_knn.py "
@@ -604,7 +614,8 @@ def evaluate_on(args) -> list[dict]:
     data, held = hold_out(data, args.holdout, args.seed)
     test, _ = hold_out(test, 0.0, args.seed)
 
-    # the recipe
+    # the recipe, that of the size which is trained at
+    args.img_size = meta["img_size"]
     apply_recipe(args, FINETUNE_RECIPES if args.finetune else PROBE_RECIPES, data)
     if isinstance(args.lr, dict):
         args.lr = args.lr[args.finetune]
@@ -639,12 +650,15 @@ def main() -> None:
     names = {data: Path(data).name or data for data in args.data}
     if len(set(names.values())) < len(args.data):
         raise InputError("two data sets of one name would share a folder: rename one")
+    check_flags(args)
+    setup(args)
+    splits = {data: load_data(data, args.data_path) for data in names}  # all, before the work
     tables = {}
     for data, name in names.items():
         one = argparse.Namespace(**{**vars(args), "data": data})
         if len(names) > 1:
             one.output_dir = str(Path(args.output_dir) / name)
-        tables[name] = evaluate_on(one)
+        tables[name] = evaluate_on(one, *splits[data])
     if len(tables) > 1 and all(tables.values()):
         columns = ["layer", *tables, "mean"]
         log("\ntest top-1 in per cent\n" + " ".join(f"{column:>10}" for column in columns))

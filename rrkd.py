@@ -28,7 +28,8 @@ C classes, S side of an image.
 
     python rrkd.py                                        digits: teacher, baseline, student
     python rrkd.py --loss spkd --output_dir runs/spkd     a rival; others: lpkd, kd, feature
-    python rrkd.py --table 1 --data_path DIR              a table of the paper over three seeds
+    python rrkd.py --table 1 --data_path DIR              a table of the paper over three seeds,
+                                                          in table1.json, and runs beside it
     python rrkd.py --data DIR --teacher runs/sdssl/checkpoint.pth --no-labels --no-baseline
     torchrun --nproc_per_node=8 rrkd.py --data pets       ResNet-34, fine-tuned, into ResNet-18
 
@@ -43,7 +44,7 @@ teacher 95.0 %, baseline 88.3 %, student 93.6 %.
     classifier of Eq. 4     trained                    random, not trained   trained
     tau of LPKD             0.5                        not applied           0.5; --tau 1
     most confident anchors  "the teacher's"            -                     of a probe on it
-    momentum, colour data   0.9 "during distillation"  -                     so; none to teach
+    momentum, colour data   0.9 "during distillation"  -                     0.9; the teacher: 0
     fixed anchors           one set for the whole run  -                     embedded at each step
     accuracy, Tables 3, 4   "test accuracy"            -                     of the classifier
 """
@@ -51,7 +52,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -67,7 +67,7 @@ from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser
                     barrier, cosine_schedule, create_backbone, distributed, draw, eval_batches,
                     existing_file, extract_features, fp32, gather, knn_accuracy, launch, load_data,
                     load_weights, local_rows, log, meta_of, parameter_groups, rank, read_checkpoint,
-                    setup, start_from, subplots, world_size)
+                    setup, start_from, subplots, to_device, world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -82,10 +82,10 @@ COLOUR = dict(  # Sec. 5.2: momentum of 0.9 to distil, none for the teacher
 RECIPES = {
     "digits": dict(**SGD, **GREY, img_size=8, epochs=100, validation=0.0),  # epochs by trial
     "mnist": dict(**SGD, **GREY, img_size=28, epochs=20, validation=0.1),  # Sec. 5.1
-    "cifar10": dict(  # Sec. 5.2: flips only
+    "cifar10": dict(  # Sec. 5.2: flips only; its SVHN has 20 epochs
         **SGD, **COLOUR, teacher_arch="resnet18", arch="resnet9_half", img_size=32, epochs=50,
         view=dict(scale=(1, 1))),
-    "imagenet": dict(  # Sec. 5.3
+    "imagenet": dict(  # Sec. 5.3, whose Flowers have 50 epochs; strengths of the jitter are ours
         **SGD | dict(pretrained=True, patch_size=16), **COLOUR, teacher_arch="resnet34",
         arch="resnet18", img_size=224, epochs=20,
         view=dict(jitter=(0.4, 0.4, 0.4, 0.0), p_jitter=1.0)),
@@ -145,9 +145,11 @@ def soft_cross_entropy(logits_s: Tensor, logits_t: Tensor, tau: float = 1.0) -> 
     return F.cross_entropy(logits_s / tau, (logits_t / tau).softmax(-1))
 
 
+@fp32
 def distillation_losses(loss, z_s, z_t, logits=None, logits_t=None, anchors_s=None, anchors_t=None,
                         tau=None) -> dict[str, Tensor]:
-    """Terms from features (B, D), logits (B, C) and fixed anchors (A, D), if there are any."""
+    """Terms of Eq. 4 from features (B, D), logits (B, C) and fixed anchors (A, D), if there are
+    any; LPKD's lambda and gamma are loss_soft's and loss_lpkd's weights."""
     if loss == "rrkd":
         if anchors_s is None:
             anchors_s = gather(z_s)  # (M, D_s)
@@ -228,6 +230,8 @@ def make_backbone(arch, img_size, patch_size=4, pretrained=False, **options) -> 
         return MLP(img_size**2, *MLPS[arch])
     if arch == "resnet9_half":
         return ResNet9Half(img_size)
+    if pretrained:
+        log(f"{arch} starts from timm's ImageNet weights; --no-pretrained: from random ones")
     backbone = create_backbone(arch, img_size, patch_size, pretrained, **options)
     if pretrained and arch in RESNETS:
         theirs = create_backbone(f"timm/{arch}", pretrained=True).model
@@ -261,7 +265,7 @@ class Network(nn.Module):
         u = draw(seed, step, 2000, M + A, sum(widths))
         u = torch.cat([u[:M][local_rows(M)], u[M:][local_rows(A)]])
         for layer, part in zip(layers, u.split(widths, 1), strict=True):
-            layer.u = part.to(next(self.parameters()).device, non_blocking=True)
+            layer.u = to_device(part, layer.weight.device)
 
     def forward(self, x: Tensor, B: int | None = None):
         """Images (n, 3, S, S) -> features (n, D), and for the first B of them, default all, logits
@@ -318,7 +322,7 @@ def build(args, classes: int, teacher: Network | None) -> tuple[Network, dict]:
         classes = 0
     elif not classes:
         raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels "
-                         f"--no-baseline --teacher FILE")
+                         f"--no-baseline --teacher FILE, and another --loss than kd")
     elif teacher and needs_logits(args) and teacher.classes != classes:
         raise InputError(f"--loss {args.loss} needs logits of {classes} classes; the teacher has "
                          f"{teacher.classes}: leave --teacher out, or for lpkd pass --no-labels")
@@ -360,7 +364,7 @@ def features(args, network: Network, data: ImageData, rows=None) -> Tensor:
 
 def accuracy(args, network: Network, train_data: ImageData, test_data: ImageData | None) -> dict:
     """-> test accuracy in per cent, None without labels of two classes: of the network's own
-    classifier ("head", where it has one for these classes) or of a linear probe."""
+    classifier ("head", where it has one for as many classes) or of a linear probe."""
     metric = args.metric
     if network.classes != len(train_data.classes):
         metric = "probe"
@@ -380,8 +384,8 @@ def accuracy(args, network: Network, train_data: ImageData, test_data: ImageData
 
 def choose_anchors(args, teacher: Network, data: ImageData) -> Tensor:
     """Rows of the data that are anchors for the whole run (A,): `random`, as many as in a batch;
-    `class`, no fewer, of each class as many; `confident`, as many, those that a linear probe of the
-    teacher classifies correctly and most confidently."""
+    `class`, equally many of each class, no fewer in all; `confident`, as many, those that a linear
+    probe of the teacher classifies correctly and most confidently."""
     score = draw(args.seed, 0, 2002, 1, len(data))[0].double()  # (n,)
     if args.anchors == "random":
         return score.argsort()[: args.batch_size]
@@ -469,14 +473,13 @@ def fit(args, data, teacher_file=None) -> dict:
     x_a, anchors_t = fixed_anchors(args, teacher, train_data, device)
     A = len(x_a) * world_size()
 
-    began = time.perf_counter()
     for step, (x,), index in run.steps():  # one view (B, 3, S, S)
         # schedule
         for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
 
-        # views: fixed anchors go through the student with the batch
-        labels = train_data.labels[index].to(device, non_blocking=True)  # (B,)
+        # views: fixed anchors go through the student with the batch, its BatchNorm included
+        labels = to_device(train_data.labels[index], device)  # (B,)
         if A:
             x = torch.cat([x, x_a])  # (B + A / processes, 3, S, S)
         student.hand_out(args.seed, step, M, A)
@@ -512,7 +515,7 @@ def fit(args, data, teacher_file=None) -> dict:
 
         # log, check and save, where it is due
         run.end_step(step, losses, features=z_s, lr=float(lr[step]))
-    return result_of(args, run, student, train_data, test_data, maps, began)
+    return result_of(args, run, student, train_data, test_data, maps)
 
 
 def relation_map(args, network: Network, data: ImageData) -> Tensor:
@@ -533,24 +536,29 @@ def log_plan(args, teacher, student: Network, loader: ViewLoader, data: ImageDat
     v_t = relation_map(args, teacher, data)
     v_s = relation_map(args, student, data)
     collapsed = rrkd_loss(torch.ones_like(v_t), v_t)
-    log(f"chance level of loss_rrkd: {rrkd_loss(v_s, v_t):.3f} untrained, {collapsed:.3f} with all "
-        f"images in one point")
+    log(f"chance level of loss_rrkd, on {len(v_t)} whole images: {rrkd_loss(v_s, v_t):.3f} "
+        f"untrained, {collapsed:.3f} with all images in one point")
     return {"teacher": v_t, "untrained": v_s}
 
 
-def result_of(args, run: Run, student: Network, train_data, test_data, maps, began) -> dict:
+def result_of(args, run: Run, student: Network, train_data, test_data, maps) -> dict:
     """The test accuracy, once: a finished run that is resumed finds it in its log."""
     barrier()  # the first process has written the log
     step = max(run.start, run.stop)
+    seconds = 0.0  # of the training steps, those before an interruption too
+    done = 0
     for record in run.records():
         if record["step"] == step and "parameters" in record:
             return record
+        if "images_per_s" in record:
+            seconds += (record["step"] - done) * args.batch_size / record["images_per_s"]
+            done = record["step"]
     if maps:
         maps["trained"] = relation_map(args, student, test_data or train_data)
         if rank() == 0:
             draw_maps(run.folder / "maps.png", maps)
     result = dict(step=step, **accuracy(args, student, train_data, test_data),
-                  minutes=(time.perf_counter() - began) / 60)
+                  minutes=seconds / 60)
     run.record(**result)
     return result
 
@@ -578,6 +586,8 @@ def train(args) -> None:
         raise InputError(f"--loss {args.loss} needs logits, and --teacher_arch {args.teacher_arch} "
                          f"is an autoencoder: pass mlp1200, say, or for lpkd --no-labels")
     build(args, C, teacher=None)
+    if args.baseline:
+        build(variant(args, loss="none"), C, teacher=None)
     if not args.teacher:
         make_backbone(args.teacher_arch, args.img_size, args.patch_size)
 
@@ -636,13 +646,15 @@ def parse_arguments(argv=None):
     add("--metric", choices=["probe", "head"], help="what is tested (default: recipe)")
     add = parser.add_argument_group("tables").add_argument
     add("--table", type=int, choices=list(TABLES), help="of the paper, instead of one run")
-    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of a table (default: 42 43 44)")
+    add("--seeds", type=at_least(0), nargs="+", default=[42, 43, 44], help="of a table (42 43 44)")
     parser.set_defaults(data=None)  # a table has its own
     args = parser.parse_args(argv)
     if args.data is None and not args.table:
         args.data = "digits"
-    if args.anchors != "batch" and args.loss != "rrkd":
-        parser.error("--anchors is for --loss rrkd")
+    if args.anchors != "batch" and (args.loss != "rrkd" or args.table):
+        parser.error("--anchors is for --loss rrkd, and a --table has its own")
+    if args.teacher and args.loss == "none":
+        parser.error("--loss none trains --arch on its own: leave --teacher out")
     return args
 
 
@@ -753,6 +765,8 @@ def table_column(args, spec: dict, column: str) -> list[dict]:
         minutes = 0.0
         for seed in args.seeds:
             row = variant(base, seed=seed, **settings, output_dir=str(place / folder / str(seed)))
+            if folder == teacher_folder:  # never cut short, and of an architecture of its own
+                row = variant(row, max_steps=None, init=None)
             teacher_file = None
             if row.loss != "none":
                 teacher_file = str(place / teacher_folder / str(seed) / "checkpoint.pth")

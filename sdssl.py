@@ -18,25 +18,28 @@ Lower layers become good features, which makes the last layer's task easier too.
       + alpha / (L-1) * sum over l < L of L_ssl(q_l, z_L)    Eq. 3; alpha rises from 0
       + beta * sum over l of L_ssl(predictor(sg h_l), z_L)   Eq. 5; together Eq. 6
 
-loss_ssl moves the whole student, loss_isd the lower heads and the layers up to theirs,
-loss_pred, the last term, the predictors alone, which lag behind. SimCLR has neither teacher
-nor predictor: q = h, and z is the student's own final output, without gradient in loss_isd
-(Eq. 4). A ViT's patch projection stays as it was drawn. Negatives are the other images of
-the global batch; BYOL has none.
+h_l is the [CLS] token of block l after the one final norm (of a ResNet, the mean of a
+stage), through the layer's projector. loss_ssl moves the backbone and the last heads, loss_isd
+the lower heads, the layers up to theirs and the norm, loss_pred, the last term, the predictors
+alone, which lag behind. SimCLR has neither teacher nor predictor: q = h, and z is the student's
+own final output, without gradient in loss_isd. A ViT's patch projection stays as it started.
+Negatives are the other images of the global batch; BYOL has none.
 
 Symbols: B images of this process, M of the global batch, L layers with a head, D width,
-K outputs of a head, tau temperature, m momentum. Logits take L * B * M numbers.
+K outputs of a head, tau temperature, m momentum. Logits take 4 * L * B * M numbers a step.
 
     python sdssl.py                digits, 2 minutes: k-NN from 61 % to 94 %
-    python sdssl.py --isd_every 3  every third layer (Table 6)
+    python sdssl.py --isd_every 3  every third layer (Table 6; its projectors: --isd_mlp)
     python sdssl.py --framework byol --no-sd --output_dir runs/byol
     torchrun --nproc_per_node=8 sdssl.py --data IMAGENET --arch vit_small    Table 1
     python sdssl.py --analyze runs/sdssl/checkpoint.pth runs/byol/checkpoint.pth \
         --output_dir runs/analysis    Figs. 5 to 8
 
     what               paper           released code        here
+    evaluated network  not said        MoCo v3: teacher     student; --network teacher
     loss_pred          sum             L * mean             L * mean: the sum
     alpha              1.0             0.8, MoCo v3 1.0     1.0; --alpha
+    jitter of colours  not said        of 30 % of views     80 %, as MoCo v3
     SimCLR's gradient  not said        of a process's rows  as in one process
     heads of ViT-S     not said        12, as MoCo v3       6; --num_heads
     projectors         parallel: +9 %  one by one           one batched matmul
@@ -58,7 +61,8 @@ from common import (MEAN, STD, VITS, BatchNorm, InputError, Parser, Run, ViewLoa
                     add_arguments, apply_recipe, at_least, autocast, byol_views, cosine_schedule,
                     create_backbone, distributed, ema_update, existing_file, extract_features, fp32,
                     gather, knn_accuracy, launch, load_backbone, load_data, local_rows, log,
-                    parameter_groups, refuse_to_replace, setup, start_from, subplots)
+                    parameter_groups, refuse_to_replace, setup, start_from, subplots,
+                    world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -123,8 +127,8 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
     return contrastive_loss(z, z, rows.roll(len(z1)), tau, excluded=rows)
 
 
-# The terms of Eq. 6, each over both directions. q1, q2 (L, B, K): the queries of the views,
-# the final layer last; with --no-sd it is the only one.
+# The terms of Eq. 6: both directions, summed, of SimCLR the mean of them. q1, q2 (L, B, K): the
+# queries of the views, the final layer last; with --no-sd it is the only one.
 
 
 def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]:
@@ -137,7 +141,7 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
     q = torch.cat([q1, q2], 1)  # (L, 2B, K)
     losses = {"loss_ssl": contrastive_loss(q[-1], z, other, tau, same)}  # Eq. 2
     if len(q) > 1:
-        losses["loss_isd"] = contrastive_loss(q[:-1], z.detach(), other, tau, same)  # Eqs. 3, 4
+        losses["loss_isd"] = contrastive_loss(q[:-1], z.detach(), other, tau, same)  # Eq. 3
     return losses
 
 
@@ -401,7 +405,7 @@ def parse_arguments(argv=None):
     add("--isd_hidden", type=at_least(1), help="width of the lower projectors")
     add("--momentum", type=at_least(0.0), help="the teacher's first, rising to 1")
     add("--num_heads", type=at_least(1), help="attention heads (default: timm's; MoCo v3: 12)")
-    add("--stop_grad_conv1", action=flag, default=True, help="frozen random patch projection")
+    add("--stop_grad_conv1", action=flag, default=True, help="patch projection frozen at its start")
     add("--analyze", nargs="+", type=existing_file, metavar="CHECKPOINT",
         help="draw Figs. 5 to 8 of these instead of training")
     return parser.parse_args(argv)
@@ -459,6 +463,8 @@ def analyze(args) -> None:
     from sklearn.manifold import TSNE
 
     device = setup(args)
+    if world_size() > 1:
+        raise InputError("--analyze takes one process")
     given = args.arch, args.patch_size, args.img_size  # for files that do not say
     train_data, test_data = load_data(args.data, args.data_path)
     recipe = apply_recipe(args, RECIPES, train_data)

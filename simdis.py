@@ -3,7 +3,7 @@
 The idea. A small network trained alone falls far behind a large one. SimDis trains a small
 student S by BYOL and lets it predict, beside the projections of its momentum network S^, those
 of a large teacher T or of its T^. Offline, the teacher was trained before. Online, both learn
-at once, and every projection that the step has made becomes a target: seven views.
+at once, and every other projection that the step has made becomes a target: seven views.
 
     view v -> S: backbone, projector, predictors -> q_1 ... q_7
                                                      |       |
@@ -17,7 +17,7 @@ at once, and every projection that the step has made becomes a target: seven vie
     S^ <- m S^ + (1 - m) S,  T^ <- m T^ + (1 - m) T          Eq. 2, once a step
 
 L_S moves S and its predictors, L_T those of T. Targets carry no gradient (sg); offline, T and
-T^ never change. The backbone of S is kept, as backbone.pth.
+T^ never change. The backbone of S is kept, as backbone.pth (--stage teacher: that of T).
 
 Symbols: B images of this process, M of the global batch, K = 256 outputs of a projector.
 
@@ -27,11 +27,13 @@ Symbols: B images of this process, M of the global batch, K = 256 outputs of a p
     python simdis.py --stage teacher --output_dir runs/teacher       offline: T first ...
     python simdis.py --stage offline --teacher runs/teacher/checkpoint.pth \
         --output_dir runs/offline                                    ... then S
-    torchrun --nproc_per_node=8 simdis.py --data IMAGENET            Table 1; Table 2 with
-        --optimizer sgd --no-sync_bn --batch_size 1024
+    torchrun --nproc_per_node=8 simdis.py --data IMAGENET [--targets 2v]     Table 1
+    torchrun --nproc_per_node=8 simdis.py --data IMAGENET --optimizer sgd --no-sync_bn \
+        --batch_size 1024 --targets ...                              Table 2
 
     what               paper           released code       here
-    loss of S          BYOL's and T's  mean over targets   mean over targets
+    loss of S          sum of BYOL's   mean over targets   mean over targets
+                       and of T's
     momentum networks  after the step  before the forward  after the step
     frozen teacher     fixed           BatchNorm trains    evaluation mode
     weight decay       not said        1e-4, biases too    1e-4, matrices only
@@ -214,8 +216,6 @@ def make_optimizer(args, learners: nn.Module, fused: bool) -> torch.optim.Optimi
 
 def complete(args, recipe: dict) -> None:
     """Fills in the targets, in the order of the table, and the rates of the optimiser."""
-    if args.stage == "teacher" and args.targets:
-        raise InputError("--targets are the student's, and --stage teacher trains none")
     if (args.stage == "offline") != bool(args.teacher):
         raise InputError("--stage offline needs --teacher FILE, made by --stage teacher; the "
                          "other stages take none")
@@ -279,9 +279,9 @@ def train(args) -> None:
     warmup = int(args.warmup_epochs * run.steps_per_epoch)
     lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
-    chance = 4.0  # of each target, where predictions are orthogonal to it: 2 a view
+    chance = 4.0 * len(models)  # predictions orthogonal to their targets: 2 a view, L_S and L_T
     log(f"{args.stage}, {args.optimizer}: {run.total} steps of {M} images, lr {args.lr:.1e} * {M} "
-        f"/ 256 = {peak_lr:.1e}, chance level of each loss {chance:.0f}")
+        f"/ 256 = {peak_lr:.1e}, chance level of loss {chance:.0f}")
 
     for step, (x1, x2), _ in run.steps():  # two views (B, 3, H, W)
         # schedules
@@ -342,7 +342,12 @@ def parse_arguments(argv=None):
     add("--optimizer", choices=["lars", "sgd", "adamw"])
     add("--sync_bn", action=argparse.BooleanOptionalAction, default=True,
         help="BatchNorm over the images of all processes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stage == "teacher" and args.targets:
+        parser.error("--targets are the student's, and --stage teacher trains none")
+    if args.stage == "teacher" and args.arch and not args.teacher_arch:
+        parser.error("--arch is the student's, and --stage teacher trains none: --teacher_arch")
+    return args
 
 
 # -------------------------------------------------------------- cost of the networks (Table 1)

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -551,6 +552,10 @@ def test_small_images_of_one_size_live_in_memory(tmp_path):
     assert data.images.shape == (10, 3, 9, 12) and data.images.dtype == torch.uint8 and data.image_size() == (9, 12)
     for path, image in zip(data.paths, data.images, strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), image.permute(1, 2, 0).numpy())
+    for split, sizes in (("train", [9] * 10), ("val", [9] * 3 + [10])):
+        write_images(tmp_path / "both" / split / "cat", sizes)
+    train, val = common.load_data(str(tmp_path / "both"))
+    assert train.images is None and val.images is None  # or one would be cut to its middle and the other not
     for name, sizes in (("mixed", [9, 10]), ("last", [9] * 10 + [10]), ("large", [(9, 120)] * 2)):
         data, _ = common.load_data(str(write_images(tmp_path / name, sizes)))
         assert data.images is None and len(data.paths) == len(sizes) and data.image_size() == Image.open(data.paths[0]).size[::-1]
@@ -785,6 +790,8 @@ def what_two_processes_do(rank, folder):
         ViewLoader(data, VIEWS, 7, 0, CPU)
     with refused("normalises over the images of one process alone"):
         common.distributed(common.create_backbone("timm/resnet10t", img_size=32))
+    frozen = common.create_backbone("timm/resnet10t", img_size=32).eval().requires_grad_(False)
+    common.distributed(torch.nn.Sequential(frozen, torch.nn.Linear(512, 2)))
     return found
 
 
@@ -1058,6 +1065,10 @@ def test_init_from_moco_v3(tmp_path):
             expected = refused("12 heads: pass --num_heads 12")
         with expected:
             common.start_from(common.vit_small(**small), str(tmp_path / f"{name}.pth"))
+    torch.save({"student": under("backbone.", ours), "meta": {"backbone": dict(small, num_heads=12)}}, tmp_path / "run.pth")
+    with refused("run.pth is a ViT of 12 heads"):  # a run of sdssl.py --num_heads 12
+        common.start_from(common.vit_small(**small), str(tmp_path / "run.pth"))
+    common.start_from(common.vit_small(**small, num_heads=12), str(tmp_path / "run.pth"))
     for arch in ("resnet18", "timm/test_vit"):
         with refused("positions.pth does not fit this architecture"):
             common.start_from(common.create_backbone(arch, img_size=64), str(tmp_path / "positions.pth"))
@@ -1329,31 +1340,24 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_one_line(tmp_path, train):
 
 
 def test_other_images_are_not_resumed_with(tmp_path, train):
-    """One image that is gone changes every permutation: --resume says so."""
+    """One image that is gone changes every permutation: --resume says so. The folder may move."""
     write_images(tmp_path / "data", [16] * 40)
     flags = ["--data", tmp_path / "data", "--arch", "vit_nano", "--img_size", 16, "--epochs", 3, "--resume"]
     assert train(*flags, "--max_steps", 1).returncode == 0
     assert train(*flags, "--max_steps", 2).returncode == 0
-    (tmp_path / "data" / "007.png").unlink()
-    assert_one_line_error(train(*flags, "--max_steps", 3), "its images were others: 40 images.*now 39 images")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    flags[1] = tmp_path / "moved"
+    assert train(*flags, "--max_steps", 3).returncode == 0
+    (tmp_path / "moved" / "007.png").unlink()
+    assert_one_line_error(train(*flags, "--max_steps", 4), "its images were others: 40 images of 16 x 16.*now 39 images")
+    write_images(tmp_path / "moved", [17] * 40)
+    assert_one_line_error(train(*flags, "--max_steps", 4), "its images were others: 40 images of 16 x 16.*now 40 images of 17 x 17")
 
 
 def test_a_rank_without_torchrun_is_one_line(train, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert_one_line_error(train(), "start with torchrun, or unset RANK")
-
-
-@pytest.mark.parametrize("capabilities, times", [
-    ({"avx512_bf16": True}, 1), ({"amx_bf16": True}, 1), ({"avx512_bf16": False}, 0), ({}, 0)])
-def test_bf16_is_offered_once_where_the_processor_has_it(capabilities, times, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    common.log_once.cache_clear()
-    for _ in range(2):
-        args = argparse.Namespace(device="cpu", dtype=None, seed=0)
-        common.setup(args)
-        assert args.dtype == "fp32"
-    assert capsys.readouterr().out.count("--dtype bf16 may be faster") == times
 
 
 def test_the_recipe_can_be_named(capsys):
@@ -1413,21 +1417,28 @@ def test_torchrun_restarts_after_a_worker_is_killed(machines, endless, tmp_path)
     assert [step for step, _ in killed] == list(range(1, 13)) and killed == losses_of(tmp_path / "whole")
 
 
-def test_processes_that_see_different_checkpoints(endless, tmp_path):
-    """Two machines without a common file system: both say so in one line, instead of going on from different steps."""
-    assert run_script("sdssl.py", *endless, "--max_steps", 2, "--output_dir", tmp_path / "0").returncode == 0
+@pytest.mark.parametrize("unlike", ["checkpoint", "images"])
+def test_processes_that_see_different_files(unlike, endless, image_folder, tmp_path):
+    """Two machines without a common file system: both say so in one line, instead of going on from different steps or images."""
+    folders = {"0": image_folder, "1": image_folder}
+    if unlike == "checkpoint":
+        assert run_script("sdssl.py", *endless, "--max_steps", 2, "--output_dir", tmp_path / "0").returncode == 0
+    else:
+        folders["1"] = shutil.copytree(image_folder, tmp_path / "images")
+        (folders["1"] / "train" / "cat" / "3.jpg").rename(folders["1"] / "train" / "cat" / "13.jpg")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     started = []
     for number in "01":
         outputs = (os.devnull, tmp_path / f"{number}.txt")
-        started.append(start_script("sdssl.py", *endless, "--max_steps", 4, "--resume", "--output_dir", tmp_path / number, outputs=outputs,
+        flags = [*endless, "--data", folders[number], "--max_steps", 4, "--resume", "--output_dir", tmp_path / number]
+        started.append(start_script("sdssl.py", *flags, outputs=outputs,
                                     environment={**meeting, "RANK": number, "LOCAL_RANK": number}))
     for process in started:
         process.join(300)
     for number, process in zip("01", started, strict=True):
-        assert process.exitcode == 2 and "do not see the same checkpoint" in (tmp_path / f"{number}.txt").read_text()
+        assert process.exitcode == 2 and "do not see the same images, or not" in (tmp_path / f"{number}.txt").read_text()
 
 
 def test_a_file_system_without_locks(train, monkeypatch):

@@ -989,7 +989,7 @@ def test_layers_of_two_runs_in_one_picture(copydays, ours, evaluate, monkeypatch
     assert evaluate(*options, tmp_path / "b", "--img_size", 32, "--compare", tmp_path / "a").returncode == 0
     for name in ("a", "b"):
         rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
-        assert drawn[f"{name}: copydays, strong"] == ((1, 2, 3), tuple(row["mAP"] for row in rows))
+        assert drawn[f"{tmp_path.name}/{name}: {copydays.parent.name}/copydays, strong"] == ((1, 2, 3), tuple(row["mAP"] for row in rows))
     result = evaluate(*options, tmp_path / "c", "--compare", tmp_path / "x")
     assert_one_line_error(result, "x/results.json holds no results of --task copy --layers all")
     assert_one_line_error(evaluate(*options[:-3], "--compare", tmp_path / "a"), "--compare .*needs --layers all")
@@ -1061,12 +1061,21 @@ def test_retrieval(scales, oxford, ours, evaluate, tmp_path):
     assert 100 > found["last", "Medium"][0] > found["last", "Hard"][0] > 5
 
 
-def test_several_retrieval_sets_in_one_table(oxford, ours, evaluate, tmp_path):
-    result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", oxford, f"{oxford}/", "--img_size", 32, "--scales", 1,
+def test_several_retrieval_sets_in_one_table(oxford, ours, evaluate, monkeypatch, tmp_path):
+    """Of the same name, and the second without any hard image: its place in that line is nan."""
+    easy = copy_of(oxford, tmp_path / "roxford5k")
+    truth = pickle.loads((easy / "gnd_roxford5k.pkl").read_bytes())
+    for gnd in truth["gnd"]:
+        gnd["easy"], gnd["hard"] = [*gnd["easy"], *gnd["hard"]], []
+    (easy / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, *a, label, **k: drawn.update({label: a[0]}) or plot(axis, *a, label=label, **k))
+    result = evaluate("--task", "retrieval", "--checkpoint", ours, "--data", oxford, easy, "--img_size", 32, "--scales", 1,
                       "--num_workers", 0, "--layers", "all", "--output_dir", tmp_path / "r", "--distractors", oxford / "jpg")
-    found = table_of(result, 3)  # one of each, and both side by side
-    assert set(found) == {(str(layer), setup) for layer in (1, 2, 3) for setup in ("Medium", "Hard")}
-    assert "mAP in per cent" in result.stdout and "48 distractors" in result.stdout and (tmp_path / "r" / "layers.png").exists()
+    assert "mAP in per cent" in result.stdout and "48 distractors" in result.stdout and result.stdout.count(" nan") == 6
+    assert len(json.loads((tmp_path / "r" / "results.json").read_text())["rows"]) == 9
+    curves = [(oxford, "Medium"), (oxford, "Hard"), (easy, "Medium")]
+    assert drawn == {f"{tmp_path.name}/r: {data.parent.name}/roxford5k, {setup}": (1, 2, 3) for data, setup in curves}
 
 
 @pytest.mark.parametrize("task, size, box, expected", [

@@ -311,6 +311,17 @@ def test_accuracies_are_those_of_a_loop(monkeypatch):
             assert found[:, l, r].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def accuracies_of_few(rank, folder):
+    data = load_data(str(folder))[1].subset(torch.tensor([0, 4]))  # a cat and a dog, from files
+    return eval_linear.evaluate(bare_run(), lambda x: x.mean((2, 3))[None, :, None, :2], data, "few")
+
+
+def test_more_processes_than_images(in_processes, image_folder):
+    expected = accuracies_of_few(0, image_folder)
+    for found in in_processes(3, accuracies_of_few, image_folder):
+        torch.testing.assert_close(found, expected)
+
+
 def test_losses_with_soft_targets():
     logits, labels = torch.randn(2, 5, 3, 4), torch.tensor([0, 3, 1, 1, 2])
     hot = F.one_hot(labels, 4).float()
@@ -330,6 +341,8 @@ def test_hold_out():
     assert sorted(number.tolist()) == (labels >= 0).nonzero()[:, 0].tolist()
     assert torch.equal(torch.cat([train.labels, held.labels]), labels[number])
     assert not torch.equal(hold_out(data, 0.1, 1)[1].images, held.images)
+    with pytest.raises(common.InputError, match="keep some of each class: change --holdout"):
+        hold_out(common.ImageData(torch.tensor([0] * 9 + [1]), ["a", "b"], data.images[:10]), 0.1, 0)
     everything, none = hold_out(data, 0.0, 0)
     assert len(none) == 0 and torch.equal(everything.labels, labels[labels >= 0])
 

@@ -107,6 +107,8 @@ def test_closed_forms():
     assert [angles[0, 1, 2], angles[1, 0, 2], angles[0, 2, 1]] == pytest.approx([-1, 1, 1])
     corner = angle_potential(torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 5.0]]))  # a right angle at the middle item
     assert corner[0, 1, 2] == pytest.approx(0, abs=1e-6) and corner[0, 0, 2] == 0
+    with pytest.raises(ValueError, match="potential is neither"):
+        rkd_loss(line, line, torch.cdist)
 
 
 @each_loss
@@ -118,14 +120,17 @@ def test_coinciding_rows_are_finite(potential, kind, dtype):
     target = leaf(5, 300, seed=1, dtype=dtype).detach()
     largest = torch.autograd.grad(rkd_loss(usual, target, potential, kind), usual)[0].norm()
     cases = {"two": torch.cat([z[:3], z[:2]]), "all": z[:1].expand(5, -1), "zero": torch.zeros_like(z),
-             "rounding": torch.cat([z[:3], z[:2] * (1 + 2 * torch.finfo(dtype).eps)])}
+             "rounding": torch.cat([z[:3], z[:2] * (1 + 2 * torch.finfo(dtype).eps)]),
+             "all, rounding": z[:1] * (1 + torch.finfo(dtype).eps * torch.arange(5, dtype=dtype)[:, None])}
     for name, rows in cases.items():
         rows = rows.clone().requires_grad_()
         assert potential(rows).isfinite().all(), name
         for student, teacher in ((rows, target), (rows, rows.detach())):
             gradient, = torch.autograd.grad(rkd_loss(student, teacher, potential, kind), rows)
             assert gradient.isfinite().all() and gradient.norm() < 100 * largest, name
-    assert distance_potential(cases["two"])[0, 3] == 0 and distance_potential(cases["all"]).abs().max() == 0
+    assert distance_potential(cases["two"])[0, 3] == 0
+    for name in ("all", "all, rounding"):
+        assert distance_potential(cases[name]).abs().max() == 0, name
     angles = angle_potential(cases["two"])
     assert angles[0, 3].abs().max() == 0 and angles[:, 3, 0].abs().max() == 0  # an end on the vertex
     assert rkd_loss(target, cases["two"], potential, kind).isfinite()  # and on the teacher's side
@@ -634,6 +639,7 @@ def test_attention_is_drawn_side_by_side(tmp_path, image_folder, refused, monkey
         with Image.open(tmp_path / name / "attention.png") as picture:
             assert picture.size[0] / picture.size[1] == pytest.approx(5 / 4, rel=0.05)  # image, three heads, all; four lines
     refused("--attention", *files[:2], says=["attention.png already exists: pass --overwrite"], folder=tmp_path / "own")
+    refused("--attention", *files[:2], "--img_size", 3, says=["0.jpg is smaller than a patch of 4 pixels"], folder=tmp_path / "tiny")
     Image.new("RGB", (1000, 700), (200, 10, 30)).save(tmp_path / "large.png")
     ibot_rkd.draw_attention(arguments(tmp_path / "own", "--attention", files[0], tmp_path / "large.png", "--overwrite"))
     assert seen[-1] == (480, 684)

@@ -170,7 +170,8 @@ def assert_same_run(one, two):
 # ------------------------------------------------------- P1, P2, P3: several processes, exact repeats
 
 
-@first_script
+# the train() of the others runs on two processes in their own tests
+@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[1], SCRIPTS[4]], **IDS)
 def test_two_processes_log_the_same_trace(script, teachers, tmp_path, monkeypatch):
     """P1: the losses and k-NN that two processes log are those of one."""
     monkeypatch.setattr(script.module, "knn_accuracy", common.knn_accuracy)
@@ -437,6 +438,44 @@ def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, teachers, 
 
 
 @each_script
+def test_images_and_weights_that_do_not_fit_are_one_line(script, teachers, image_folder, tmp_path, capsys):
+    """P7, P10: folders, sizes and files; and --init from DINO's layout of a checkpoint, which does fit."""
+    def check(*flags, says):
+        assert_one_line_error(attempt(script, teachers, capsys, "--output_dir", tmp_path / "run", *flags), says)
+
+    size = 8 if script.name == "rrkd" else 16
+    vit = ["--arch", "vit_nano", "--img_size", size, "--patch_size", 4]
+    vit += {"d2v_kd": ["--student", "prenorm"], "simdis": ["--depth", 0]}.get(script.name, [])
+    for name in ("empty", "broken"):
+        (tmp_path / name / "train" / "cat").mkdir(parents=True)
+    check(*vit, "--data", tmp_path / "empty", says="class folder .*cat has no images")
+    for i in range(8):
+        photo = (image_folder / "train" / "cat" / f"{i}.jpg").read_bytes()
+        (tmp_path / "broken" / "train" / "cat" / f"{i}.jpg").write_bytes(photo if i != 7 else photo[:500])
+    check(*vit, "--data", tmp_path / "broken", "--batch_size", 9, says="[78] images are fewer than --batch_size 9")
+    check(*vit, "--data", tmp_path / "broken", "--batch_size", 7, "--epochs", 9, says="cannot read image .*7.jpg")
+    odd = ["--patch_size", 3] if script.name == "rrkd" else ["--img_size", 18]
+    check(*vit, *odd, says="is not a multiple of patch size|images of 18 x 18 are not a multiple")
+    weights = common.vit_nano(img_size=16, patch_size=4).state_dict()
+    dino = {"teacher": {f"module.backbone.{key}": value for key, value in weights.items()} | {"module.head.mlp.0.bias": torch.ones(3)}}
+    torch.save(dino, tmp_path / "dino.pth")
+    del weights["norm.bias"]
+    torch.save(weights, tmp_path / "short.pth")
+    (tmp_path / "words.pth").write_text("no checkpoint")
+    check(*vit, "--init", tmp_path / "short.pth", says="1 keys are missing .norm.bias")
+    check(*vit, "--init", tmp_path / "words.pth", says="words.pth is not a PyTorch checkpoint")
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+    assert train(script, teachers, tmp_path / "run", *vit, "--init", tmp_path / "dino.pth", "--max_steps", 1)["step"] == 1
+
+
+def test_every_load_is_of_weights_alone():
+    """P8."""
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    calls = re.findall(r"torch\.load\((?!'\{path\}).*", source)  # but what a message advises for files that one trusts
+    assert calls and all(call.endswith("weights_only=True)") for call in calls)
+
+
+@each_script
 def test_resume_with_other_settings_is_refused(script, teachers, tmp_path, capsys):
     flags, says = script.changed
     train(script, teachers, tmp_path, "--max_steps", 1)
@@ -503,6 +542,7 @@ def test_a_step_keeps_to_its_device(script, teachers, tmp_path, monkeypatch):
     for name, stand_in in script.stand_ins.items():
         monkeypatch.setattr(script.module, name, stand_in)
     monkeypatch.setattr(script.module, "setup", setup)
+    monkeypatch.setattr(common.ImageData, "fingerprint", lambda self: "")
     monkeypatch.setattr(common.Run, "steps", steps)
     monkeypatch.setattr(common.Run, "end_step", end_step)
     args = arguments(script, teachers, "--output_dir", tmp_path)

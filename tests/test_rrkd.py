@@ -379,6 +379,10 @@ BAD_INPUT = """
 {small} {flat} --no-labels --anchors class      => --anchors class needs labels
 {small} {tmp}/one --no-labels --anchors confident => needs labels of two classes
 --loss spkd --anchors random                    => --anchors is for --loss rrkd
+--table 5 --anchors random                      => a --table has its own
+--loss none --teacher {ae}                      => --loss none trains --arch on its own
+--table 1 --seeds -1                            => argument --seeds: -1 is not a number of at least 0
+{small} {flat} --recipe mnist --arch mlp32      => has no labels to train mlp32 with.*--no-baseline
 --device {absent}                               => not available
 --table 1 --teacher {ae}                        => --table trains its own teachers
 --table 1 --data_path {tmp}/empty               => mnist is not under.*--data_path
@@ -624,13 +628,14 @@ def test_settings_of_the_tables(number, teacher, student, img_size, epochs, mome
     data = tmp_path / list(spec["columns"])[-1]
     data.symlink_to(image_folder)
     paper, _ = spec["columns"][data.name]
-    for flags, expected in (([], epochs), (["--epochs", "3"], 3)):
+    for flags, expected in (([], epochs), (["--epochs", "3", "--max_steps", "2"], 3)):
         runs.clear()
         flags += ["--table", str(number), "--data", str(data), "--output_dir", str(tmp_path), "--seeds", "7"]
         rrkd.table(rrkd.parse_arguments(flags))
         assert {(args.img_size, args.epochs, args.seed) for args, *_ in runs} == {(img_size, expected, 7)}
         assert len({args.output_dir for args, *_ in runs}) == len(runs) == len(spec["rows"])
         (first, *_), *others = runs
+        assert first.max_steps is None and {args.max_steps for args, *_ in others} == {2 if expected == 3 else None}
         assert (first.loss, first.arch, first.momentum) == ("none", teacher, momentum)
         assert {args.arch for args, *_ in others} == {student}
         for args, _, file in runs:

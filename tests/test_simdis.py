@@ -426,6 +426,8 @@ def test_bad_input_gets_one_line(tmp_path, capsys, teacher_file):
 
     check("--targets", "8v", says=["argument --targets: invalid choice: '8v'", "byol.*2v.*7v", r"T\^-v'"])
     check("--stage", "teacher", "--targets", "2v", says=["--targets are the student's"])
+    result = finished(capsys, lambda: simdis.parse_arguments(["--stage", "teacher", "--arch", "vit_tiny"]))
+    assert_one_line_error(result, "--arch is the student's", "--teacher_arch")
     check("--stage", "offline", says=["--stage offline needs --teacher FILE"])
     check("--teacher", teacher_file, says=["--stage offline needs --teacher FILE", "the other stages take none"])
     check("--stage", "offline", "--teacher", teacher_file, "--targets", "byol", says=["no target of the teacher", "--stage online"])
@@ -467,6 +469,9 @@ def test_student_loads_into_torchvision_and_timm(arch, side, theirs, tmp_path):
     assert meta["network"] == "student" and meta["backbone"]["arch"] == arch
     x = torch.randn(2, 3, side, side)
     torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+    teacher, meta = common.load_backbone(tmp_path / "checkpoint.pth", network="teacher")
+    assert meta["backbone"]["arch"] == "timm/vit_tiny_patch16_224"
+    assert torch.equal(teacher.model.norm.weight, checkpoint["teacher"]["backbone.model.norm.weight"])
 
 
 @pytest.mark.parametrize("stage,kept", [("teacher", "teacher"), ("online", "student")])
@@ -491,6 +496,22 @@ def test_an_online_teacher_can_teach_offline(tmp_path):
     after = train(tmp_path / "offline", *flags, "--max_steps", 1, "--hidden", 8)
     assert after["meta"]["teacher"]["arch"] == "vit_nano" and after["teacher"]["projector.0.weight"].shape == (16, 96)
     assert after["student"]["projector.0.weight"].shape == (8, 96)
+
+
+def unsynchronised_statistics(rank, folder):
+    """Those of the student, when its k-NN is looked at after training on two processes."""
+    seen = []
+    simdis.knn_accuracy = lambda backbone, *args, **options: seen.append(backbone.bn1.running_mean.clone())
+    flags = ["--stage", "teacher", "--teacher_arch", "resnet18", "--img_size", 8, "--batch_size", 8, "--no-sync_bn", "--max_steps", 2]
+    simdis.train(simdis.parse_arguments([str(flag) for flag in [*flags, "--optimizer", "adamw", "--output_dir", folder]]))
+    return seen
+
+
+def test_without_sync_bn_all_processes_check_what_is_saved(in_processes, tmp_path):
+    a, b = in_processes(2, unsynchronised_statistics, tmp_path / "run")
+    assert not torch.equal(a[0], a[-1]) and torch.equal(a[-1], b[-1])
+    saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["teacher"]["backbone.bn1.running_mean"]
+    assert torch.equal(saved, a[-1])
 
 
 @pytest.mark.parametrize("kept,flags", [("teacher", ["--stage", "teacher"]), ("student", ["--depth", 0])])
