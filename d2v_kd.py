@@ -154,6 +154,9 @@ def load_teacher(args) -> tuple[nn.Module, dict]:
         load_weights(backbone, from_unilm(weights), path)
         backbone.model.set_input_size(args.img_size)
         meta = dict(backbone={}, mean=backbone.mean, std=backbone.std)
+    elif not path and not arch.startswith("timm/"):
+        raise InputError(f"--teacher_arch {arch} without weights teaches nothing: pass --teacher "
+                         f"FILE, or timm/NAME")
     elif arch:
         backbone, meta = load_backbone(path, arch, args.patch_size, args.img_size)
     else:
@@ -214,16 +217,20 @@ def make_optimizer(args, network: nn.Module, device):
     return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
 
 
-def train(args) -> None:
-    # data; where there are no test images, every tenth image is one
-    device = setup(args)
+def load_images(args) -> tuple[ImageData, ImageData]:
+    """To train and to test with; where there are no test images, every tenth image is one."""
     train_data, test_data = load_data(args.data, args.data_path)
     if test_data is None:
         rows = torch.arange(len(train_data))
         test_data = train_data.subset(rows[::10])
         train_data = train_data.subset(rows[rows % 10 > 0])
+    return train_data, test_data
 
-    # networks; where no flag does, the teacher's file decides the student's sizes
+
+def train(args) -> None:
+    # data and networks; where no flag does, the teacher's file decides the student's sizes
+    device = setup(args)
+    train_data, test_data = load_images(args)
     if args.teacher:
         sizes = meta_of(read_checkpoint(args.teacher)).get("backbone", {})
         args.teacher_arch = args.teacher_arch or sizes.get("arch")
@@ -237,18 +244,10 @@ def train(args) -> None:
         args.teacher_arch = teacher_arch  # the recipe's is for want of a file
     if args.arch not in VITS:
         raise InputError(f"--arch {args.arch} is no student: use one of {' '.join(VITS)}")
-    if args.teacher or (args.teacher_arch or "").startswith("timm/"):
+    if args.teacher or args.teacher_arch:
         backbone, meta = load_teacher(args)
-    elif args.teacher_arch:
-        raise InputError(f"--teacher_arch {args.teacher_arch} without weights teaches nothing: "
-                         f"pass --teacher FILE, or timm/NAME")
     else:
-        options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
-        meta = dict(method="d2v_kd", network="teacher", backbone=options, mean=MEAN, std=STD)
-        # a student that does not suit it is found before the teacher is trained
-        with torch.random.fork_rng(devices=[]):
-            build_student(args, create_backbone(**options), meta)
-        backbone, meta = train_teacher(args, recipe, train_data, device, meta)
+        backbone, meta = train_teacher(args, recipe, train_data, device)
     student, meta = build_student(args, backbone, meta)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in backbone.parameters()) / 1e6
@@ -317,17 +316,21 @@ def train(args) -> None:
                      lr=float(lr[step]), chance=2.0)
 
 
-def train_teacher(args, recipe: dict, train_data: ImageData, device, meta: dict):
+def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn.Module, dict]:
     """Where none is given: a ViT of the student's --arch learns the labels, in teacher/."""
     if not train_data.labelled:
         raise InputError(f"{args.data} has no labels to train a teacher by: pass --teacher")
+    options = dict(arch=args.arch, img_size=args.img_size, patch_size=args.patch_size)
+    meta = dict(method="d2v_kd", network="teacher", backbone=options, mean=MEAN, std=STD)
+    with torch.random.fork_rng(devices=[]):  # a student that does not suit it is found now
+        build_student(args, create_backbone(**options), meta)
     folder = Path(args.output_dir) / "teacher"
     log(f"no --teacher: a small one is trained first, by the labels, in {folder}")
     changes = dict(recipe["teacher_recipe"], epochs=args.teacher_epochs, output_dir=str(folder),
                    max_steps=None)
     changes |= dict.fromkeys(("student", "depth", "init", "init_blocks", "proj"))  # not its own
     args = argparse.Namespace(**{**vars(args), **changes})
-    backbone = create_backbone(**meta["backbone"])
+    backbone = create_backbone(**options)
     head = nn.Linear(backbone.embed_dim, len(train_data.classes))
     teacher = nn.Sequential(OrderedDict(backbone=backbone, head=head)).to(device)
     model = distributed(teacher)

@@ -38,10 +38,10 @@ L of them; `paths`, or for data sets in memory the rows (n,); `labels` (n,), -1 
     copy: whitening      covariance not centred; variances     centred; directions under 1e-5 of
                          raised to 1e-5 of the largest         the largest variance left out
     copy: AP             of the first 20                       of the ranking of all
-    resizing             Lanczos; of frames OpenCV's bilinear  bicubic, antialiased
-    k-NN: top-5          of the first classes, votes or not    of classes with votes
+    resizing             Lanczos; frames: OpenCV's bilinear    antialiased bicubic
+    k-NN: top-5          counts classes without votes          does not
     video: frames        480 x 854 become 480 x 832 (of 64)    480 x 848 for patches of 16
-    video: masks         argmax at patches * 16, then nearest  argmax at the frame's size
+    video: masks         argmax at whole patches, nearest      argmax at the frame
     video: ties          all that tie with the fifth           five
     video: normalised    red by 0.228                          by 0.229, as everywhere
     positions of         scale factor (n + 0.1) / m            the same for other people's files;
@@ -492,7 +492,7 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def print_side_by_side(tables: dict[str, list[dict]]) -> None:
-    """The first metric of several data sets, a column each; nan where one has no such row."""
+    """The first metric of several data sets, a column each; nan without such a row."""
     lines = {}
     for place, rows in enumerate(tables.values()):
         for row in rows:
@@ -500,7 +500,8 @@ def print_side_by_side(tables: dict[str, list[dict]]) -> None:
             values = lines.setdefault((row["layer"], row["setup"]), [math.nan] * len(tables))
             values[place] = row[metric]
     names = [Path(data).name or data for data in tables]
-    log(f"\n{metric} in per cent\n{'':>13} " + " ".join(f"{name:>10}" for name in [*names, "mean"]))
+    head = " ".join(f"{name:>10}" for name in [*names, "mean"])
+    log(f"\n{metric} in per cent\n{'':>13} {head}")
     for (layer, row_setup), values in lines.items():
         values = " ".join(f"{value:10.2f}" for value in [*values, np.mean(values)])
         log(f"{layer:>6} {row_setup:>6} {values}")
@@ -519,8 +520,8 @@ def save_results(rows: list[dict], args) -> None:
     curves = {}
     for other in [folder, *map(Path, args.compare or ())]:
         for row in json.loads((other / "results.json").read_text())["rows"]:
-            folder_and_data = ["/".join(Path(path).parts[-2:]) for path in (other, row["data"])]
-            name = f"{': '.join(folder_and_data)}, {row['setup']}"
+            names = ["/".join(Path(path).parts[-2:]) for path in (other, row["data"])]
+            name = f"{': '.join(names)}, {row['setup']}"
             curves.setdefault(name, []).append((row["layer"], row[metric]))
     figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     for name, points in curves.items():

@@ -1,4 +1,4 @@
-"""Masked Relational Knowledge Distillation (McIntyre Garcia): iBOT that compares structures.
+"""Masked Relational Knowledge Distillation (McIntyre Garcia), iBOT of structures.
 
 The idea. iBOT trains a student on masked views to give, for [CLS] and each masked
 patch, what its EMA teacher gives for whole views. Relational distillation compares
@@ -18,22 +18,21 @@ outputs may turn, shift and grow, as long as they stay arranged as the teacher's
 
 The losses move the student, its head's last layer from the second epoch on; EMA moves
 the teacher. Structures see neither centring (a shift) nor output temperature (a scale):
-both belong to iBOT's own loss, `--potential none`, the baseline (KD). A structure of
-tokens is compared at masked ones: their distances to all, their angles between all. All
-outputs equal is no minimum, but nothing except the teacher's inertia keeps from it either;
-`--potential none distance` adds iBOT's loss to RKD-D.
+both belong to iBOT's own loss, `--potential none`, the baseline (KD). Of tokens, the
+masked ones are compared by their relations to all. Only the teacher's inertia keeps
+relations from collapse; `--potential none distance` adds iBOT's loss.
 
 Symbols: common.py's; V global views, L local crops, P groups of V items, n compared.
 
     python ibot_rkd.py                                            RKD-D on digits
     python ibot_rkd.py --potential angle --output_dir runs/angle  RKD-A; none: KD
     torchrun --nproc_per_node=4 ibot_rkd.py --data cifar10 --relations batch
-    python eval_linear.py --checkpoint runs/ibot_rkd/checkpoint.pth --cached  Table 1: linear
-        or --finetune all --pool cls --epochs 10; KD with --global_views 4    "Unsup CLS"
+    python eval_linear.py --checkpoint runs/ibot_rkd/checkpoint.pth --cached  Table 1
+        --finetune all --pool cls --epochs 10      "Unsup CLS"
     python ibot_rkd.py --attention runs/ibot_rkd/checkpoint.pth photo.jpg     Fig. 3
 
-Measured: the first command (30 epochs, seed 0, 2.1 minutes on two CPU cores) takes k-NN
-from 67.2 to 75.0 %; RKD-A to 76.7 %, iBOT with as many views to 78.1 %.
+Measured: the first command (seed 0, 2.1 minutes) takes k-NN from 67.2 to 75.0 %;
+RKD-A to 76.7 %, iBOT with as many views to 78.1 %.
 
     what           paper              released code       here
     compared by    cross-entropy or   raw distances, not  ce of softmaxes or huber:
@@ -41,12 +40,12 @@ from 67.2 to 75.0 %; RKD-A to 76.7 %, iBOT with as many views to 78.1 %.
     student's tau  not said           applied twice       once, in KD
     equal rows     distance 0         0.95 of the mean    0, without gradient
     items          views of an image  views of the batch  of an image; --relations
-    views          more than iBOT's   not said            4, KD 2; --global_views
-    Eqs. 2, 4      sums               means               means over rows and groups
+    views          more than iBOT's   not said            4 (KD 2); --global_views
+    Eqs. 2, 4      sums               means               means
     patches        of patch outputs   of views            tokens; --patch_relations
     masks          student's views    enter as distances  student's views
     angles at 256  fell to batch 16   -                   in pieces: < 2 GiB
-    clipping at 3  not said           of each tensor      of the whole gradient
+    clipping at 3  not said           of each tensor      of all
 """
 import copy
 import dataclasses
@@ -75,7 +74,8 @@ SMALL = dict(
     # positions; iBOT's teacher temperature of 0.04 lets its own loss collapse
     arch="vit_nano", pos_embed="sincos", lr=2e-3, weight_decay=0.04, momentum=0.99,
     hidden=128, drop_path=0.1, teacher_temp=0.02, teacher_patch_temp=0.04,
-    global_views=4, local_scale=(0.1, 0.3), views=dict(scale=(0.3, 1.0), flip=0.0, blur=False))
+    global_views=4, local_scale=(0.1, 0.3),
+    views=dict(scale=(0.3, 1.0), flip=0.0, blur=False))
 IBOT = dict(
     arch="vit_small", pos_embed="learnt", lr=5e-4, weight_decay=0.04, momentum=0.996,
     hidden=2048, drop_path=0.1, teacher_temp=0.04, teacher_patch_temp=0.07,
@@ -98,7 +98,7 @@ RECIPES = {
 
 # --------------------------------------------------------------------------------------- losses
 
-ENTRIES = 2**23  # of structures at once, 32 MiB in fp32, or those of one row of all groups
+ENTRIES = 2**23  # of structures at once: 32 MiB in fp32, or one row of all groups
 
 
 @fp32
@@ -115,7 +115,7 @@ def distance_potential(z: Tensor) -> Tensor:
     norms = gram.diagonal(dim1=-2, dim2=-1)  # (..., V)
     sums = norms[..., :, None] + norms[..., None, :]  # (..., V, V)
     squared = sums - 2 * gram
-    # rounding of the product, and of z itself; nan counts as apart, for the watch on losses
+    # by rounding of the product and of z; nan counts as apart, for the watch on losses
     apart = ~(squared <= 64 * eps * sums + (16 * eps) ** 2 * largest)
     distances = torch.where(apart, squared, 1).sqrt() * apart
     V = z.shape[-2]
@@ -143,15 +143,15 @@ def angle_potential(z: Tensor) -> Tensor:
 
 def rkd_loss(s: Tensor, t: Tensor, potential, kind: str = "ce", tau: float = 0.1,
              rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """Relational loss of student and teacher features (..., V, D), of any two widths, each
-    group of V items by itself.
+    """Relational loss of student and teacher features (..., V, D), each group of V items by
+    itself. The two widths may differ.
 
     potential: distance_potential or angle_potential. kind: "ce" or "huber". rows
     (..., n): items whose rows, or angles at them, are compared; default all. weights
     (..., n): of these, with sum 1; default equal.
     """
     if potential not in (distance_potential, angle_potential):
-        raise ValueError("potential is neither distance_potential nor angle_potential")
+        raise ValueError("potential: distance_potential or angle_potential")
     *groups, V, D = s.shape
     s = s.reshape(-1, V, D)  # (P, V, D)
     t = t.detach().reshape(-1, *t.shape[-2:])  # (P, V, D')
@@ -414,7 +414,7 @@ def make_views(args, recipe: dict) -> list[View]:
 
 
 def complete(args) -> None:
-    """Fills in the number of views; refuses too few items."""
+    """Fills in the views; refuses too few items."""
     args.potential = list(dict.fromkeys(args.potential))  # each once
     relations = args.potential != ["none"]
     if args.global_views is None:
@@ -488,8 +488,8 @@ def train(args) -> None:
         return knn_accuracy(teacher.backbone, train_data, test_data, args.img_size, device,
                             num_workers=args.num_workers, dtype=args.dtype)
 
-    run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student, teacher=teacher,
-              optimizer=optimizer, scaler=scaler)
+    run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student,
+              teacher=teacher, optimizer=optimizer, scaler=scaler)
 
     # schedules, a value for each step
     peak_lr = args.lr * args.batch_size / 256
@@ -532,10 +532,10 @@ def train(args) -> None:
                                               weights, tau_patch[step])
         for name in ("distance", "angle"):
             if name in args.potential:
-                losses |= relational_losses(name, s_cls[:V], t_cls, s_patch, t_patch, rows, weights,
-                                            args.relations, args.patch_relations,
-                                            args.relation_loss, args.relation_tau,
-                                            args.angle_vertices)
+                losses |= relational_losses(
+                    name, s_cls[:V], t_cls, s_patch, t_patch, rows, weights, args.relations,
+                    args.patch_relations, args.relation_loss, args.relation_tau,
+                    args.angle_vertices)
         losses["loss"] = sum(losses.values())
 
         # backward and step; the head's last layer waits for the rest to settle
@@ -575,7 +575,7 @@ def parse_arguments(argv=None):
     add("--relation_tau", type=at_least(1e-6), default=0.1, help="of ce (default: 0.1)")
     add("--angle_vertices", type=at_least(1), default=8, help="masked tokens with angles")
     add = parser.add_argument_group("views").add_argument
-    add("--global_views", type=at_least(1), help="(recipe; else 4, iBOT alone 2)")
+    add("--global_views", type=at_least(1), help="(else 4, iBOT alone 2)")
     add("--local_crops", type=at_least(0), default=0, help="crops for iBOT's [CLS] loss")
     add("--local_size", type=at_least(1), help="their side in pixels (recipe)")
     add("--mask_ratio", type=at_least(0.01, 1.0), default=0.3, help="share of patches")
@@ -587,7 +587,7 @@ def parse_arguments(argv=None):
     add("--drop_path", type=at_least(0.0, 0.99), help="the student's stochastic depth")
     add("--momentum", type=at_least(0.0), help="the teacher's first, rising to 1")
     add("--teacher_temp", type=at_least(1e-6), help="temperature of [CLS]")
-    add("--teacher_patch_temp", type=at_least(1e-6), help="of patches, after a rise from that")
+    add("--teacher_patch_temp", type=at_least(1e-6), help="of patches, after a rise")
     add("--temp_epochs", type=at_least(0.0), help="epochs of the rise")
     add("--weight_decay_end", type=at_least(0.0), default=0.4, help="(default: 0.4)")
     add("--clip_grad", type=at_least(1e-9), default=3.0, help="largest norm (default: 3)")
@@ -608,13 +608,13 @@ def attention_maps(backbone: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def draw_attention(args) -> None:
-    """A line for each checkpoint and image: the image, each head, all in colour."""
+    """A line for each checkpoint and image: the image, each head, all of them."""
     from matplotlib import colormaps
 
     device = setup(args)
     target = Path(args.output_dir) / "attention.png"
     refuse_to_replace([target], args.overwrite)
-    images = [path for path in args.attention if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in args.attention if path.lower().endswith(IMAGE_SUFFIXES)]
     checkpoints = [path for path in args.attention if path not in images]
     if not images or not checkpoints:
         raise InputError("--attention needs a checkpoint and an image")
@@ -631,8 +631,8 @@ def draw_attention(args) -> None:
             x = tv.resize(image[None] / 255, [size], antialias=True)  # (1, 3, h, w)
             h, w = x.shape[2:]
             if min(h, w) < patch:
-                raise InputError(f"{path} is smaller than a patch of {patch} pixels: pass "
-                                 f"--img_size")
+                raise InputError(f"{path} is smaller than a patch of {patch} pixels: "
+                                 f"pass --img_size")
             x = x[:, :, : h - h % patch, : w - w % patch]  # whole patches
             normalised = tv.normalize(x, meta["mean"], meta["std"])
             maps = attention_maps(backbone, normalised).cpu()  # (heads, h, w)

@@ -27,9 +27,8 @@ Symbols: B images of this process, M of the global batch, K = 256 outputs of a p
     python simdis.py --stage teacher --output_dir runs/teacher       offline: T first ...
     python simdis.py --stage offline --teacher runs/teacher/checkpoint.pth \
         --output_dir runs/offline                                    ... then S
-    torchrun --nproc_per_node=8 simdis.py --data IMAGENET [--targets 2v]     Table 1
-    torchrun --nproc_per_node=8 simdis.py --data IMAGENET --optimizer sgd --no-sync_bn \
-        --batch_size 1024 --targets ...                              Table 2
+    torchrun --nproc_per_node=8 simdis.py --data IMAGENET            Table 1
+        --optimizer sgd --no-sync_bn --batch_size 1024               Table 2
 
     what               paper           released code       here
     loss of S          sum of BYOL's   mean over targets   mean over targets
@@ -279,7 +278,7 @@ def train(args) -> None:
     warmup = int(args.warmup_epochs * run.steps_per_epoch)
     lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
-    chance = 4.0 * len(models)  # predictions orthogonal to their targets: 2 a view, L_S and L_T
+    chance = 4.0 * len(models)  # predictions orthogonal to targets: 2 a view
     log(f"{args.stage}, {args.optimizer}: {run.total} steps of {M} images, lr {args.lr:.1e} * {M} "
         f"/ 256 = {peak_lr:.1e}, chance level of loss {chance:.0f}")
 

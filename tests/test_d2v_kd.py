@@ -51,7 +51,7 @@ def built(*flags):
     """-> student, the student's meta, and a teacher: by default a ViT of 4 blocks and random weights."""
     args = arguments("--teacher_arch", "vit_nano", "--arch", "vit_nano", "--img_size", 16, "--patch_size", 4, *flags)
     torch.manual_seed(0)
-    backbone, meta = d2v_kd.load_teacher(args)
+    backbone, meta = common.load_backbone(None, args.teacher_arch, args.patch_size, args.img_size)
     return *d2v_kd.build_student(args, backbone, meta), d2v_kd.Contextualized(backbone)
 
 

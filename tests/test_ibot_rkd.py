@@ -107,7 +107,7 @@ def test_closed_forms():
     assert [angles[0, 1, 2], angles[1, 0, 2], angles[0, 2, 1]] == pytest.approx([-1, 1, 1])
     corner = angle_potential(torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 5.0]]))  # a right angle at the middle item
     assert corner[0, 1, 2] == pytest.approx(0, abs=1e-6) and corner[0, 0, 2] == 0
-    with pytest.raises(ValueError, match="potential is neither"):
+    with pytest.raises(ValueError, match="potential: distance_potential or"):
         rkd_loss(line, line, torch.cdist)
 
 
