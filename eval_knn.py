@@ -207,7 +207,7 @@ def photographs(files: list, batches: list, backbone, args) -> DataLoader:
 
 def normalised(images: list, meta: dict, device) -> Tensor:
     """uint8 images of one size -> what the backbone takes, (B, 3, H, W)."""
-    x = torch.stack(images).to(device).float() / 255
+    x = torch.stack(images).to(device).float() / 255  # (B, 3, H, W)
     return tv.normalize(x, meta["mean"], meta["std"])
 
 
@@ -243,7 +243,7 @@ def descriptors(backbone, files: list, name: str, meta: dict, device, args) -> l
     widths = backbone.layer_dims[-layers_of(backbone, args) :]
     if args.task == "copy":
         widths = [2 * D for D in widths]
-    layers = [torch.zeros(len(files), D) for D in widths]
+    layers = [torch.zeros(len(files), D) for D in widths]  # L of (n, D)
     with progress(total=len(mine), desc=name, unit="img", leave=False) as bar:
         for rows, images in zip(batches, loader, strict=True):
             for shape in {image.shape for image in images}:  # those of one size go together
@@ -463,7 +463,7 @@ def contour_accuracy(predicted: np.ndarray, true: np.ndarray, tolerance: float =
     the other boundary is within `tolerance` of the image's diagonal, rounded up."""
     radius = math.ceil(tolerance * math.hypot(*true.shape))
     ours = np.argwhere(boundary(predicted))  # (n, 2)
-    theirs = np.argwhere(boundary(true))
+    theirs = np.argwhere(boundary(true))  # (n', 2)
     if not len(ours) or not len(theirs):
         return float(len(ours) == len(theirs))
     precision = (KDTree(theirs).query(ours)[0] <= radius).mean()
@@ -475,6 +475,7 @@ def contour_accuracy(predicted: np.ndarray, true: np.ndarray, tolerance: float =
 
 
 def metrics_of(row: dict) -> list[str]:
+    """Names of the numbers in it."""
     return [name for name, value in row.items() if isinstance(value, float)]
 
 
@@ -600,6 +601,7 @@ def complete(args) -> None:
 
 
 def main() -> None:
+    """One task on one data set or several."""
     args = parse_arguments()
     complete(args)
     device = setup(args)
@@ -777,7 +779,7 @@ def write_masks(folder: Path, name: str, frame: Path, mask: np.ndarray) -> None:
     indexed.putpalette(PALETTE.flatten().tolist())
     indexed.save(folder / "masks" / name / f"{frame.stem}.png")
     photograph = read_image(frame).permute(1, 2, 0).numpy()  # (H, W, 3)
-    painted = photograph // 2 + PALETTE[mask] // 2
+    painted = photograph // 2 + PALETTE[mask] // 2  # (H, W, 3)
     painted = np.where(mask[..., None] > 0, painted, photograph)
     Image.fromarray(painted).save(folder / "overlays" / name / f"{frame.stem}.jpg")
 

@@ -589,12 +589,13 @@ def check_flags(args) -> None:
 def evaluate_on(args, data: ImageData, test: ImageData | None) -> list[dict]:
     """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
     device = setup(args)
-    # the network; a run that is resumed must have the same, whatever its file is called
-    if args.checkpoint:
-        digest = hashlib.sha256(Path(args.checkpoint).read_bytes())
-        args.weights = digest.hexdigest()[:16]
+    # the network
     backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size,
                                    args.network, args.num_heads)
+    digest = hashlib.sha256()
+    for value in backbone.state_dict().values():
+        digest.update(value.contiguous().numpy())
+    args.weights = digest.hexdigest()[:16]  # a run that is resumed must have the same
     arch = meta["backbone"]["arch"]
     if args.pool in ("cls", "both") and not backbone.has_tokens:
         raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -553,7 +554,8 @@ def test_two_processes_are_one(checkpoints, in_processes, monkeypatch, tmp_path)
 @pytest.mark.parametrize("name", RUNS)
 def test_resuming_is_exact(name, checkpoints, evaluate, monkeypatch, tmp_path):
     few(monkeypatch, 130)
-    options = ["--checkpoint", checkpoints["vit"], *RUNS[name]]
+    checkpoint = shutil.copy(checkpoints["vit"], tmp_path / "vit.pth")
+    options = ["--checkpoint", checkpoint, *RUNS[name]]
     succeeds(evaluate("whole", *options))
     assert saved(tmp_path / "whole")["step"] > 3
     succeeds(evaluate("parts", *options, "--max_steps", 3))  # in mid-epoch where a tenth is held out
@@ -564,6 +566,10 @@ def test_resuming_is_exact(name, checkpoints, evaluate, monkeypatch, tmp_path):
         assert_same_runs(tmp_path / "whole", tmp_path / "parts")
         (tmp_path / "parts" / "results.json").unlink()
     assert_one_line_error(evaluate("parts", *options, "--resume", "--seed", 1), "cannot resume", "--seed was 0")
+    content = torch.load(checkpoint, weights_only=True)
+    content["student"]["backbone.norm.bias"] += 1
+    torch.save(content, checkpoint)
+    assert_one_line_error(evaluate("parts", *options, "--resume"), "cannot resume", "--weights was")
 
 
 @pytest.mark.parametrize("name", ["probe", "all"])
