@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections import Counter, OrderedDict
@@ -92,13 +93,22 @@ def launch(main) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
-        main()
+        try:
+            main()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # and with them a loader and its workers
+            raise
     except (InputError, OSError) as error:
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
         sys.exit(128 + signals[-1])
+    except RuntimeError as error:  # a loader's worker was killed, perhaps for want of memory
+        if "DataLoader worker" not in str(error):
+            raise
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
     if dist.is_initialized():  # not after an error: others may wait for what does not come
         barrier()  # with torch 2.6 a group that has just worked may wait for itself
         dist.destroy_process_group()
@@ -313,6 +323,8 @@ def read_image(path) -> Tensor:
                 image = Image.fromarray(from_16_bits(np.asarray(image)))
             return tv.pil_to_tensor(image.convert("RGB"))
     except Exception as error:
+        if isinstance(error, PermissionError):
+            raise
         raise InputError(f"cannot read image {path} ({one_line(error)}): replace or delete "
                          f"the file") from None
 
@@ -374,9 +386,9 @@ def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> Im
             raise InputError(f"class folder {entry} {reason}: add some, or delete it")
         paths += images
         labels += [classes.index(entry.name)] * len(images)
-    loose = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
+    loose = [entry.name for entry in entries if not entry.is_dir()]
     if folders and loose:
-        log(f"{folder}: {len(loose)} images beside the class folders are not read")
+        log(f"{folder}: {len(loose)} files beside the class folders are not read ({loose[0]} ...)")
     # without class folders, or where labels are not asked for: every image below
     if not folders:
         paths = find_images(folder)
@@ -417,7 +429,9 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
         return read_folder(root, labelled=False), None
     train = read_folder(root / "train", labelled=True)
     for name in ("val", "validation", "test"):
-        if (root / name).is_dir() and train.classes:
+        if (root / name).is_dir() and not train.classes:
+            log(f"{root / name} is not read, since {root / 'train'} has no class folders")
+        elif (root / name).is_dir():
             test = read_folder(root / name, True, train.classes)
             # both from files if one is: those in memory are not cut to their middle
             if train.images is None or test.images is None:
@@ -661,9 +675,17 @@ def permutation(seed: int, epoch: int, images: int) -> Tensor:
 
 
 def leave_process_group(worker: int) -> None:
-    """In a loader's worker: a signal to the whole group is for the main process, which saves."""
+    """In a loader's worker: a signal to the whole group is for the main process."""
     if hasattr(os, "setpgrp"):  # Windows has no groups
         os.setpgrp()
+
+
+def outlive_signals(worker: int) -> None:
+    """In a worker of a training run: job schedulers signal it too, but the main process needs it
+    for the step at which it saves."""
+    leave_process_group(worker)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
 
 
 @dataclass
@@ -734,7 +756,7 @@ class ViewLoader:
             batches = iter(DataLoader(
                 self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
                 pin_memory=device.type == "cuda", generator=torch.Generator(),
-                worker_init_fn=leave_process_group))
+                worker_init_fn=outlive_signals))
         else:
             self.data.images = self.data.images.to(device)
             batches = map(self.__getitem__, range(start, stop))
@@ -1195,6 +1217,11 @@ def of_each_process(number: int, device) -> list[int]:
     return [number] if world_size() == 1 else gather(torch.tensor([number], device=device)).tolist()
 
 
+def number_of(text: str) -> int:
+    """A whole number that stands for a text."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if world_size() > 1:
@@ -1251,7 +1278,7 @@ def distributed(model: nn.Module) -> nn.Module:
 
 PARTS = ("student", "teacher", "state_dict", "model")  # where a checkpoint may keep its weights
 PREFIXES = {  # of the keys, by network; None: of either
-    None: ("module.", "_orig_mod.", "backbone.", "model.", "net."),
+    None: ("module.", "backbone.", "model.", "net."),
     "student": ("base_encoder.", "student."),
     "teacher": ("momentum_encoder.", "teacher."),
 }
@@ -1267,8 +1294,9 @@ def replacing(path: Path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, of a full disk
-        raise OSError(f"cannot write {path} ({one_line(error)})") from None
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's, of a full disk
+        raise OSError(f"cannot write {path}, for want of space or rights "
+                      f"({one_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1287,6 +1315,8 @@ def read_checkpoint(path) -> dict:
         raise InputError(f"no checkpoint file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:
         if not any(f"Unsupported {kind}" in str(error) for kind in ("global", "class")):
             raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged") from None
@@ -1294,6 +1324,7 @@ def read_checkpoint(path) -> dict:
         raise InputError(f"{path} holds pickled Python objects, and loading those can run code; if "
                          f"you trust it, convert it once: python -c \"import torch; "
                          f"c = torch.load('{path}', 'cpu', weights_only=False); "
+                         f"c = c if isinstance(c, dict) else c.state_dict(); "
                          f"torch.save({wanted}, 'clean.pth')\"") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} is not a checkpoint: it holds no weights under their names")
@@ -1315,6 +1346,8 @@ def backbone_weights(content: dict, network: str | None = None) -> dict:
     meta = content.get("meta")
     if not network and isinstance(meta, dict):
         network = meta.get("network")
+        if meta.get("method") == "linear":
+            raise InputError("the checkpoint holds probes: give that of their backbone")
     if network and network not in content and {"student", "teacher"} & content.keys():
         raise InputError(f"the checkpoint has no {network}: pass --network with what it has")
     # the part of the file that holds the network
@@ -1323,7 +1356,8 @@ def backbone_weights(content: dict, network: str | None = None) -> dict:
         if isinstance(content.get(part), dict):
             weights = content[part]
             break
-    # its keys, without what was put before them
+    # its keys, without what torch.compile puts into them and others before them
+    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
     prefixes = PREFIXES[None] + PREFIXES[network or "student"]
     before = None
     while weights is not before:  # until none is left
@@ -1342,6 +1376,8 @@ def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = Fal
     ours = model.state_dict()
     if "mask_token" in ours and "masked_embed" in weights:  # iBOT's name for it
         weights = {**weights, "mask_token": weights["masked_embed"]}
+    if "mask_token" in ours and "decoder_pos_embed" in weights:  # of MAE's decoder
+        weights = {key: value for key, value in weights.items() if key != "mask_token"}
     # all that the backbone owns has to be there; of the rest, only what heads are called
     missing = [key for key in ours if key not in weights and key != "mask_token"]
     extra = [key for key in weights if key not in ours]
@@ -1355,7 +1391,7 @@ def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = Fal
         log(f"{source}: left out, since not of the backbone: {' '.join(parts)}")
     weights = {key: weights[key] for key in ours if key in weights}
     for key, value in weights.items():
-        if not isinstance(value, Tensor) or not value.isfinite().all():
+        if not isinstance(value, Tensor) or not value.float().isfinite().all():
             raise InputError(f"{source} is damaged: {key} does not hold finite numbers")
     positions = weights.get("pos_embed", torch.empty(0))
     try:
@@ -1369,7 +1405,7 @@ def load_weights(backbone: nn.Module, weights: dict, source, as_dino: bool = Fal
 
 def position_grid(positions) -> tuple[int, int] | None:
     """The square grid of patches that a file's positions (1, T, D), if it has any, are made for."""
-    if not isinstance(positions, Tensor) or positions.ndim != 3:
+    if not isinstance(positions, Tensor) or positions.ndim != 3 or positions.shape[1] < 2:
         return None
     side = math.isqrt(positions.shape[1] - 1)
     return (side, side) if side**2 + 1 == positions.shape[1] else None
@@ -1501,7 +1537,7 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
     scores = []
     for queries in F.normalize(test_features, dim=1).split(chunk):
         cosine, nearest = (queries @ train).topk(min(k, train.shape[1]), dim=1)  # (chunk, k) each
-        votes = torch.zeros(len(queries), num_classes, device=train.device)
+        votes = cosine.new_zeros(len(queries), num_classes)
         votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
         scores.append(votes)  # (chunk, C)
     return torch.cat(scores)
@@ -1549,11 +1585,23 @@ def subplots(rows: int, columns: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def refuse_to_replace(paths, overwrite: bool) -> None:
-    """Raises InputError for the first of the files that exists, unless --overwrite was given."""
-    for path in paths:
-        if Path(path).exists() and not overwrite:
+def save_figure(figure, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def prepare_files(paths, overwrite: bool) -> None:
+    """Before the work that will write them: raises InputError for a file that exists, unless
+    --overwrite was given, makes their folders, and sees whether these can be written into."""
+    for path in map(Path, paths):
+        if path.exists() and not overwrite:
             raise InputError(f"{path} already exists: pass --overwrite or another place")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"cannot write into {path.parent}")
 
 
 # ----------------------------------------------------------------------------------------- runs
@@ -1572,8 +1620,8 @@ class Run:
 
     in_step = False  # then a signal waits for the end of the step
     MAY_DIFFER = {"data", "data_path", "num_workers", "device", "dtype", "compile", "output_dir",
-                  "resume", "overwrite", "init", "save_every", "knn_every", "max_steps",
-                  "log_every"}
+                  "resume", "overwrite", "init", "checkpoint", "save_every", "knn_every",
+                  "max_steps", "log_every"}
     SHOWN = {"knn": "k-NN top-1 {:.1f} %", "knn_teacher": "teacher: k-NN top-1 {:.1f} %",
              "loss_val": "validation loss {:.4f}"}
 
@@ -1595,31 +1643,45 @@ class Run:
         new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
         path = self.folder / "checkpoint.pth"
         self.lock_folder()
-        # torchrun starts dead processes again with the same flags: then --overwrite is over; each
-        # machine counts the restarts that it asked for itself
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        restarts = max(of_each_process(restarts, loader.device))
+        # torchrun starts dead processes again with the same flags: then the run that it has begun
+        # goes on; each machine counts the restarts that it asked for itself
+        restarts = 0
+        self.agents = []
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+            restarts = max(of_each_process(restarts, loader.device))
+            agent = number_of(f"{socket.gethostname()} {os.getppid()}")
+            self.agents = of_each_process(agent, loader.device)
+        checkpoint = {}
         if path.is_file():
-            if args.resume or (restarts > 0 and not new_log.is_file()):
-                self.resume(read_checkpoint(path), path)
+            if args.resume or restarts > 0:
+                checkpoint = read_checkpoint(path)
+            begun = set(self.agents) & set(checkpoint.get("agents", []))
+            if args.resume or begun:
+                self.resume(checkpoint, path)
             elif args.overwrite:
                 self.log_file = new_log
             else:
                 raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
                                  f"or another --output_dir")
+        elif not (args.resume or restarts):
+            prepare_files([self.folder / "backbone.pth"], args.overwrite)
         # all have looked before one writes
-        seen = hashlib.sha256(f"{self.start} {self.data}".encode()).hexdigest()[:15]
-        seen = of_each_process(int(seen, 16), loader.device)
+        seen = of_each_process(number_of(f"{self.start} {self.data}"), loader.device)
         if min(seen) < max(seen):
             raise InputError(f"the processes do not see the same images, or not the same "
                              f"checkpoint in {self.folder}: all machines need the same files")
         if rank() == 0:
+            # a run that replaces another may have been killed just before its log did
+            if self.start > 0 and checkpoint.get("log") == new_log.name and new_log.is_file():
+                new_log.replace(self.log_file)
             new_log.unlink(missing_ok=True)
             # a run that was killed has logged steps that its checkpoint does not know
             records = [record for record in self.records() if record["step"] <= self.start]
             lines = [json.dumps(record) + "\n" for record in records if self.start > 0]
             with replacing(self.log_file) as temporary:
                 temporary.write_text("".join(lines))
+        barrier()
 
     def lock_folder(self) -> None:
         """Refuses a folder in which another process trains; the lock dies with its process."""
@@ -1677,11 +1739,22 @@ class Run:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def steps(self):
-        """What the loader has for the steps that are left; a new run is checked before."""
+        """What the loader has for the steps that are left. A new run is checked before, and so is
+        one that ended in a check or before it."""
         if self.start >= self.stop:
             log(f"{self.folder} is already at step {self.start}: nothing is left to do")
-        elif self.start == 0:
-            self.check(0, list(self.checks))
+            weights = self.folder / "backbone.pth"
+            saved = (self.folder / "checkpoint.pth").stat().st_mtime
+            if not weights.is_file() or weights.stat().st_mtime < saved:
+                self.save(self.start)  # it died between the two files
+        due = self.due(self.start)
+        if self.start > 0:
+            for record in self.records():
+                if record["step"] == self.start:
+                    due = [name for name in due if name not in record]
+        self.check(self.start, due)
+        if rank() == 0 and self.start > 0 and (due or not (self.folder / "curves.png").exists()):
+            self.draw_curves()
         self.clock = time.perf_counter()
         self.clock_step = self.start
         self.clock_waited = 0.0
@@ -1694,6 +1767,8 @@ class Run:
             finally:
                 Run.in_step = False
                 (self.folder / ".lock").unlink(missing_ok=True)
+        if self.signalled():  # while the last step was saved
+            self.leave(self.stop)
 
     def end_step(self, step: int, losses: dict[str, Tensor], features=None, **values) -> None:
         """Logs, checks and saves where that is due; after a signal saves and exits.
@@ -1711,12 +1786,11 @@ class Run:
         # SIGINT or SIGTERM: save and exit
         stopping = len(signals) > 0
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
-            stopping = logging and max(of_each_process(len(signals), self.loader.device)) > 0
+            stopping = logging and self.signalled()
         # checks and saving, whose time is not that of the steps
         paused = time.perf_counter()
         saving = last or self.ends_epoch(step, self.args.save_every)
-        due = [name for name, (_, every) in self.checks.items()
-               if last or self.ends_epoch(step, every)]
+        due = self.due(step)
         if saving or stopping or due:
             self.refuse_bad_weights(step)
             self.share_buffers()
@@ -1728,17 +1802,31 @@ class Run:
             self.check(step, [] if stopping else due)
         except KeyboardInterrupt:
             stopping = True
+            Run.in_step = True
             self.save(step)
         Run.in_step = True
         if rank() == 0 and (due or last or stopping):
             self.draw_curves()
         if stopping:
-            self.bar.close()
-            log(f"signal received: saved {self.folder / 'checkpoint.pth'} at step {step}; continue "
-                f"with --resume")
-            sys.exit(128 + signals[0] if signals else 1)
+            self.leave(step)
         barrier()  # the others wait for what the first process writes
         self.clock += time.perf_counter() - paused  # speed is that of the steps alone
+
+    def signalled(self) -> bool:
+        """Whether any process has had a signal."""
+        return max(of_each_process(len(signals), self.loader.device)) > 0
+
+    def leave(self, step: int) -> None:
+        """Ends the command after a signal."""
+        self.bar.close()
+        log(f"signal received: saved {self.folder / 'checkpoint.pth'} at step {step}; continue "
+            f"with --resume")
+        sys.exit(128 + signals[0] if signals else 1)
+
+    def due(self, step: int) -> list[str]:
+        """The checks of a step: all before the first one and after the last."""
+        return [name for name, (_, every) in self.checks.items()
+                if step in (0, self.stop) or self.ends_epoch(step, every)]
 
     def ends_epoch(self, step: int, every: int) -> bool:
         """Whether so many epochs, or a multiple of them, have just ended; 0: never."""
@@ -1825,21 +1913,25 @@ class Run:
                                  f"{speed:.0f} img/s", refresh=False)
 
     def save(self, step: int) -> None:
-        """The checkpoint: state of all parts, step, settings, meta and fingerprint of the data."""
+        """The checkpoint: state of all parts, step, settings, meta, fingerprint of the data, and
+        whose run it is: torchrun's agents, name of its log."""
         if rank() > 0:
             return
         # plain containers and tensors, so that it loads with weights_only=True
         content = {name: part.state_dict() for name, part in self.parts.items()}
         weights = content.get(self.meta.get("network"))
-        content |= {"step": step, "args": self.settings, "meta": self.meta, "data": self.data}
-        if weights:
-            weights = backbone_weights({"model": weights})
-            weights = {key: value for key, value in weights.items() if key != "mask_token"}
-            save_file(weights, self.folder / "backbone.pth")
+        content |= {"step": step, "args": self.settings, "meta": self.meta, "data": self.data,
+                    "agents": self.agents, "log": self.log_file.name}
         save_file(content, self.folder / "checkpoint.pth")
         # the old run, if there was one, has now been replaced
         if self.log_file.name != "log.jsonl":
             self.log_file = self.log_file.replace(self.folder / "log.jsonl")
+            for name in ("curves.png", "maps.png", "multi_exit.png", "results.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        if weights:
+            weights = backbone_weights({"model": weights})
+            weights = {key: value for key, value in weights.items() if key != "mask_token"}
+            save_file(weights, self.folder / "backbone.pth")
 
     def draw_curves(self) -> None:
         """One panel for each logged value over the steps."""
@@ -1856,8 +1948,7 @@ class Run:
             axis.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None)
             axis.set_title(name, fontsize=9)
             axis.tick_params(labelsize=7)
-        with replacing(self.folder / "curves.png") as temporary:
-            figure.savefig(temporary, dpi=80, format="png")
+        save_figure(figure, self.folder / "curves.png")
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -1895,6 +1986,13 @@ def existing_file(text: str) -> str:
     """For argparse: the name of a file that is there; an empty one is not taken for none."""
     if not os.path.isfile(text):
         raise argparse.ArgumentTypeError(f"no file {text!r}")
+    return text
+
+
+def path_name(text: str) -> str:
+    """For argparse: the name of a file or folder, which an unset shell variable leaves empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
@@ -1937,12 +2035,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 def add_system_arguments(parser, output_dir: str) -> None:
     """The flags of everything that trains, eval_linear.py included."""
     add = parser.add_argument_group("system").add_argument
-    add("--seed", type=at_least(0), default=0)
+    add("--seed", type=at_least(0, 2**63 - 1), default=0)
     add("--num_workers", type=at_least(0), default=CORES, help="processes that decode files")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="(default: bf16 on CUDA, else fp32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(default: on CUDA)")
-    add("--output_dir", default=output_dir, help=f"folder of the run (default: {output_dir})")
+    add("--output_dir", type=path_name, default=output_dir, help=f"of the run ({output_dir})")
     add("--resume", action="store_true", help="go on from output_dir/checkpoint.pth if it exists")
     add("--overwrite", action="store_true", help="replacement of what output_dir holds")
     add("--save_every", type=at_least(0), default=1, help="epochs between checkpoints; 0: none "

@@ -224,6 +224,8 @@ def load_images(args) -> tuple[ImageData, ImageData]:
         rows = torch.arange(len(train_data))
         test_data = train_data.subset(rows[::10])
         train_data = train_data.subset(rows[rows % 10 > 0])
+    if len(train_data) == 0:
+        raise InputError(f"{args.data} has one image, and that is to test with: add some")
     return train_data, test_data
 
 

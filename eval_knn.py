@@ -44,8 +44,8 @@ L of them; `paths`, or for data sets in memory the rows (n,); `labels` (n,), -1 
     video: masks         argmax at whole patches, nearest      argmax at the frame
     video: ties          all that tie with the fifth           five
     video: normalised    red by 0.228                          by 0.229, as everywhere
-    positions of         scale factor (n + 0.1) / m            the same for other people's files;
-    another grid                                               timm/NAME as timm; ours exactly
+    positions of         scale factor (n + 0.1) / m            the same for bare weights; timm/NAME
+    another grid                                               as timm; our checkpoint.pth exactly
 
 Symbols: B images of this process, L layers, h x w patches, D width, C classes, S side.
 """
@@ -69,8 +69,8 @@ from torchvision.transforms.v2 import functional as tv
 from common import (CORES, DATASETS, InputError, Parser, add_checkpoint_arguments, at_least,
                     autocast, extract_features, find_images, fp32, knn_classifier, launch,
                     leave_process_group, load_backbone, load_data, log, mean_over_processes,
-                    one_line, progress, rank, read_image, refuse_to_replace, replacing, save_file,
-                    setup, subplots, world_size)
+                    one_line, path_name, prepare_files, progress, rank, read_image, replacing,
+                    save_figure, save_file, setup, subplots, world_size)
 
 TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07,
@@ -531,7 +531,7 @@ def save_results(rows: list[dict], args) -> None:
     axis.set(xlabel="layer", ylabel=f"{metric} (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=7)
-    figure.savefig(folder / "layers.png", dpi=100)
+    save_figure(figure, folder / "layers.png")
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -545,8 +545,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--img_size", type=at_least(1), help="pixels of the side (knn: as trained; copy: 320), of "
         "the longer side (retrieval: 512), or of the shorter one (video: 480)")
     add("--split", help="list of DAVIS in ImageSets/2017 (default: val)")
-    add("--distractors", metavar="DIR", help="images beside the database")
-    add("--whitening", metavar="DIR", help="images to learn PCA whitening on")
+    add("--distractors", type=path_name, metavar="DIR", help="images beside the database")
+    add("--whitening", type=path_name, metavar="DIR", help="images to learn PCA whitening on")
     add_checkpoint_arguments(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--task", default="knn", choices=list(TASKS), help="(default: %(default)s)")
@@ -558,10 +558,10 @@ def parse_arguments() -> argparse.Namespace:
         "0.5; copy: 1)")
     add("--context", type=at_least(1), help="frames that lend labels, beside the first (7)")
     add("--neighbourhood", type=at_least(1), help="patches that things move at most (12)")
-    add("--features", metavar="FILE", help="file for k-NN's features; needs no labels")
+    add("--features", type=path_name, metavar="FILE", help="for k-NN's features; needs no labels")
     add("--compare", nargs="+", metavar="DIR", help="results to draw too (with --layers all)")
     add = parser.add_argument_group("system").add_argument
-    add("--output_dir", help="folder of the results (default: runs/TASK; knn: none)")
+    add("--output_dir", type=path_name, help="of the results (default: runs/TASK; knn: none)")
     add("--overwrite", action="store_true", help="replacement of what is there")
     add("--batch_size", type=at_least(1), help="images per process (256 for knn, else 16)")
     add("--num_workers", type=at_least(0), default=CORES, help="processes that decode files")
@@ -589,15 +589,23 @@ def complete(args) -> None:
         raise InputError("--compare draws layers: it needs --layers all and --output_dir")
     for folder in args.compare or ():
         path = Path(folder) / "results.json"
-        then = json.loads(path.read_text())["args"] if path.is_file() else {}
-        if (then.get("task"), then.get("layers")) != (args.task, "all"):
+        try:
+            content = json.loads(path.read_text())
+            fits = content["rows"] and content["args"]["task"] == args.task
+            fits = fits and content["args"]["layers"] == "all"
+        except (OSError, ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
             raise InputError(f"{path} holds no results of --task {args.task} --layers all")
     files = [args.features] if args.features is not None else []
     if args.output_dir:
-        files += [f"{args.output_dir}/{name}" for name in ("results.json", "layers.png", "masks")]
-    refuse_to_replace(files, args.overwrite)
-    for file in files:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        files += [f"{args.output_dir}/{name}" for name in ("results.json", "layers.png")]
+    prepare_files(files, args.overwrite)
+    for data in args.data:
+        known = data in ("digits", *DATASETS) or Path(data).is_dir()
+        if args.task == "knn" and not known:
+            raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: "
+                             f"digits {' '.join(DATASETS)}")
 
 
 def main() -> None:

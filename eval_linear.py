@@ -65,7 +65,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.optim import param_groups_layer_decay
+from timm.models import group_parameters
+from timm.optim import auto_group_layers, param_groups_layer_decay
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -73,7 +74,8 @@ from common import (DATASETS, BatchNorm, ImageData, InputError, Parser, Run, Vie
                     add_checkpoint_arguments, add_system_arguments, apply_recipe, at_least,
                     autocast, cosine_schedule, distributed, eval_batches, extract_features, fp32,
                     gather, launch, load_backbone, load_data, local_rows, log, mean_over_processes,
-                    progress, rank, refuse_to_replace, replacing, setup, subplots, world_size)
+                    prepare_files, progress, rank, replacing, save_figure, setup, subplots,
+                    world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -185,25 +187,25 @@ class Classifier(nn.Module):
         h, = pooled_layers(self.backbone, x, self.pool, layers=False)  # (B, D)
         return self.head(self.norm(h))[None, :, None]  # (1, B, 1, C)
 
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """For timm's layer decay: regular expressions of layer 0 ("stem") and of layers 1 to L
-        ("blocks"). What neither names, norms and head, is layer L+1."""
-        stem = "cls_token|pos_embed|patch_embed|norm_pre|conv1|bn1"
-        blocks = r"(?:blocks\.|layer)(\d+)"
-        timm_model = getattr(self.backbone, "model", None)
-        if hasattr(timm_model, "group_matcher"):
-            rules = timm_model.group_matcher(coarse=False)
-            stem = f"{stem}|{rules['stem']}"
-            blocks = rules["blocks"]
-        if isinstance(blocks, str):
-            blocks = [(blocks, None)]
+    def group_matcher(self, coarse: bool = False):
+        """For timm's layer decay: what says the layer of each name. Norms and head, which are in
+        none of layers 0 to L, are layer L+1."""
+        model = getattr(self.backbone, "model", None)
+        if model is None:
+            stem = "cls_token|pos_embed|patch_embed|norm_pre|conv1|bn1"
+            return dict(stem=rf"backbone\.(?:{stem})", blocks=r"backbone\.(?:blocks\.|layer)(\d+)")
+        if hasattr(model, "group_matcher"):
+            layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        else:
+            layers = auto_group_layers(model)
 
-        def ours(rule: str) -> str:
-            return rf"backbone\.(?:model\.)?(?:{rule.replace('^', '')})"
+        def layer(name: str) -> float:
+            name = name.removeprefix("backbone.model.")
+            if name.startswith(("norm.", "fc_norm.")):  # timm's are of its last block
+                return math.inf
+            return layers.get(name, math.inf)
 
-        # timm puts its last norms into the last block, by this suffix
-        blocks = [(ours(rule), suffix) for rule, suffix in blocks if suffix != (99999,)]
-        return dict(stem=ours(stem), blocks=blocks)
+        return layer
 
 
 def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> list[dict]:
@@ -487,9 +489,10 @@ def choose_and_test(run: Run, network: nn.Module, held: ImageData, test: ImageDa
     """Chooses each layer's rate by the held-out images, then looks at the test images, once. Prints
     and writes a row for each layer, and returns them."""
     args = run.args
-    if run.stop < run.total:
-        log(f"stopped by --max_steps after {run.stop} of {run.total} steps: the test images have "
-            f"not been looked at")
+    done = max(run.start, run.stop)
+    if done < run.total:
+        log(f"stopped by --max_steps after {done} of {run.total} steps: the test images have not "
+            f"been looked at")
         return []
     network.eval()
     grid = None
@@ -589,6 +592,9 @@ def check_flags(args) -> None:
 def evaluate_on(args, data: ImageData, test: ImageData | None) -> list[dict]:
     """One data set -> a row of results for each layer; none where --max_steps stopped the run."""
     device = setup(args)
+    folder = Path(args.output_dir)
+    if not (folder / "checkpoint.pth").is_file():  # of another evaluation, perhaps
+        prepare_files([folder / "results.json", folder / "multi_exit.png"], args.overwrite)
     # the network
     backbone, meta = load_backbone(args.checkpoint, args.arch, args.patch_size, args.img_size,
                                    args.network, args.num_heads)
@@ -645,7 +651,7 @@ def main() -> None:
     (SDSSL's Table 4)."""
     args = parse_arguments()
     if args.compare:
-        refuse_to_replace([Path(args.output_dir) / "multi_exit.png"], args.overwrite)
+        prepare_files([Path(args.output_dir) / "multi_exit.png"], args.overwrite)
         compare(args.compare, Path(args.output_dir))
         return
     names = {data: Path(data).name or data for data in args.data}
@@ -687,7 +693,7 @@ def draw_multi_exit(runs: dict[str, list], path: Path) -> list[str]:
         lines.append(f"{name:<20} n = {len(top1)}   " + "   ".join(cells))
     axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=layers)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
     return lines
 
 

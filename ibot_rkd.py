@@ -64,8 +64,8 @@ from common import (IMAGE_SUFFIXES, MEAN, STD, InputError, Parser, Run, View, Vi
                     VisionTransformer, add_arguments, apply_recipe, at_least, autocast, byol_views,
                     cosine_schedule, create_backbone, distributed, draw, ema_update, existing_file,
                     fp32, gather, knn_accuracy, launch, load_backbone, load_data, local_rows, log,
-                    mean_over_processes, parameter_groups, read_image, refuse_to_replace, setup,
-                    start_from, subplots, to_device)
+                    mean_over_processes, parameter_groups, prepare_files, read_image, save_figure,
+                    setup, start_from, subplots, to_device)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -613,7 +613,7 @@ def draw_attention(args) -> None:
 
     device = setup(args)
     target = Path(args.output_dir) / "attention.png"
-    refuse_to_replace([target], args.overwrite)
+    prepare_files([target], args.overwrite)
     images = [path for path in args.attention if path.lower().endswith(IMAGE_SUFFIXES)]
     checkpoints = [path for path in args.attention if path not in images]
     if not images or not checkpoints:
@@ -650,8 +650,7 @@ def draw_attention(args) -> None:
         for axis, (title, picture) in zip(line, pictures.items(), strict=False):
             axis.imshow(picture)
             axis.set_title(title, fontsize=7)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=100)
+    save_figure(figure, target)
     log(f"wrote {target}")
 
 

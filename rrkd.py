@@ -67,7 +67,7 @@ from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser
                     barrier, cosine_schedule, create_backbone, distributed, draw, eval_batches,
                     existing_file, extract_features, fp32, gather, knn_accuracy, launch, load_data,
                     load_weights, local_rows, log, meta_of, parameter_groups, rank, read_checkpoint,
-                    setup, start_from, subplots, to_device, world_size)
+                    save_figure, setup, start_from, subplots, to_device, world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -742,7 +742,7 @@ def table(args) -> None:
         axis.set(title=data_name, xlabel="parameters (o here, x paper)", ylabel="accuracy in %",
                  xscale="log")
         axis.legend(fontsize=6)
-    figure.savefig(path.with_suffix(".png"), dpi=80)
+    save_figure(figure, path.with_suffix(".png"))
     log(f"wrote {path} and {path.with_suffix('.png')}")
 
 
@@ -787,7 +787,7 @@ def draw_maps(path: Path, maps: dict[str, Tensor]) -> None:
         image = axis.imshow(v, vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=f"{name}: loss {rrkd_loss(v, maps['teacher']):.3f}", xticks=[], yticks=[])
     figure.colorbar(image, ax=axes[0].tolist(), label="cosine")
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

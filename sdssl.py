@@ -61,7 +61,7 @@ from common import (MEAN, STD, VITS, BatchNorm, InputError, Parser, Run, ViewLoa
                     add_arguments, apply_recipe, at_least, autocast, byol_views, cosine_schedule,
                     create_backbone, distributed, ema_update, existing_file, extract_features, fp32,
                     gather, knn_accuracy, launch, load_backbone, load_data, local_rows, log,
-                    parameter_groups, refuse_to_replace, setup, start_from, subplots,
+                    parameter_groups, prepare_files, save_figure, setup, start_from, subplots,
                     world_size)
 
 # -------------------------------------------------------------------------------------- recipes
@@ -470,8 +470,7 @@ def analyze(args) -> None:
     recipe = apply_recipe(args, RECIPES, train_data)
     folder = Path(args.output_dir)
     names = ("alignment.png", "cka.png", "tsne.png", "analysis.json")
-    refuse_to_replace([folder / name for name in names], args.overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_files([folder / name for name in names], args.overwrite)
 
     # 1,000 images: of all classes, and of the first ten for t-SNE
     data = test_data or train_data
@@ -525,9 +524,9 @@ def analyze(args) -> None:
     (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
     measures_axes[0, 0].legend(fontsize=7)
     cka_figure.colorbar(image, ax=cka_axes[0].tolist(), label="CKA")
-    measures_figure.savefig(folder / "alignment.png", dpi=80)
-    cka_figure.savefig(folder / "cka.png", dpi=80)
-    tsne_figure.savefig(folder / "tsne.png", dpi=80)
+    save_figure(measures_figure, folder / "alignment.png")
+    save_figure(cka_figure, folder / "cka.png")
+    save_figure(tsne_figure, folder / "tsne.png")
     log(f"wrote {', '.join(names)} into {folder}")
 
 

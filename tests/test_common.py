@@ -498,8 +498,12 @@ def test_labelled_folders(tmp_path, capsys):
     (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
     write_images(tmp_path / "train" / "mole", [9], suffix="jpg")
     (tmp_path / "train" / "mole" / "000.jpg").rename(tmp_path / "train" / "mole" / "000.JFIF")
+    (tmp_path / "train" / "n01.tar").touch()
+    (tmp_path / "train" / "bear").symlink_to("nowhere")
     train, val = common.load_data(str(tmp_path))
-    assert train.classes == ["ant", "mole", "zebra"] and train.labelled and "1 .txt" in capsys.readouterr().out
+    assert train.classes == ["ant", "mole", "zebra"] and train.labelled
+    output = capsys.readouterr().out
+    assert "1 .txt" in output and "train: 2 files beside the class folders are not read (bear ...)" in output
     assert folder_labels(train, "train") == [("ant", 0), ("mole", 1), ("mole", 1), ("zebra", 2)]
     assert folder_labels(val, "val") == [("mole", 1), ("zebra", 2)]
     write_images(tmp_path / "val" / "wombat", [9])
@@ -510,7 +514,7 @@ def test_labelled_folders(tmp_path, capsys):
         common.load_data(str(tmp_path))
 
 
-def test_test_folders(tmp_path):
+def test_test_folders(tmp_path, capsys):
     """`val/`, or else `validation/`, or else `test/`; without any there is no test set; without class folders no labels."""
     write_images(tmp_path / "train" / "ant", [9])
     assert common.load_data(str(tmp_path))[1] is None
@@ -518,8 +522,10 @@ def test_test_folders(tmp_path):
         write_images(tmp_path / name / "ant", [9] * n)
         assert len(common.load_data(str(tmp_path))[1]) == n
     write_images(tmp_path / "plain" / "train", [9, 9])
+    write_images(tmp_path / "plain" / "val" / "ant", [9])
     train, test = common.load_data(str(tmp_path / "plain"))
     assert len(train) == 2 and not train.labelled and test is None
+    assert "plain/val is not read, since" in capsys.readouterr().out
 
 
 def test_unlabelled_folders(tmp_path):
@@ -591,6 +597,18 @@ def test_read_image_of_deep_moving_and_turned_ones(tmp_path):
     exif[0x0112] = 6
     frames[0].save(tmp_path / "phone.png", exif=exif)
     assert common.read_image(tmp_path / "phone.png").shape == (3, 5, 7)
+
+
+def test_reading_without_rights_is_no_damage(tmp_path, monkeypatch):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", denied)
+    monkeypatch.setattr(torch, "load", denied)
+    (tmp_path / "file.pth").touch()
+    for read in (common.read_image, common.read_checkpoint):
+        with pytest.raises(PermissionError):
+            read(tmp_path / "file.pth")
 
 
 def test_read_image_names_what_it_cannot_read(tmp_path):
@@ -900,7 +918,7 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_old_file(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fails)
         result = finished(capsys, lambda: common.save_file({"step": 2}, path))
-    assert_one_line_error(result, "disk full|cannot write .*checkpoint.pth .*file write failed", code=1)
+    assert_one_line_error(result, "cannot write .*checkpoint.pth, for want of space or rights .*(disk full|file write failed)", code=1)
     assert common.read_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
     common.save_file({"step": 3}, path)
     assert common.read_checkpoint(path) == {"step": 3} and list(tmp_path.iterdir()) == [path]
@@ -1377,6 +1395,13 @@ def test_a_signal_outside_of_a_step_is_one_line(tmp_path):
                       "common.launch(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))\n")
     result = run_script(script, cwd=tmp_path)
     assert result.returncode == 128 + signal.SIGTERM and result.stderr.strip() == "stopped by SIGTERM"
+
+
+def test_a_dead_worker_of_the_loader_is_one_line(capsys):
+    def die():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    assert_one_line_error(finished(capsys, die), "DataLoader worker .pid 7. is killed", code=1)
 
 
 @pytest.fixture

@@ -467,12 +467,15 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
     # images: without labels, damaged, too few
     flat = shutil.copytree(image_folder / "train" / "cat", tmp_path / "flat")
     check("no labels to train a teacher by.*--teacher", "--data", flat, "--batch_size", 4)
+    (tmp_path / "one").mkdir()
+    shutil.copy(flat / "0.jpg", tmp_path / "one")
+    check("one has one image, and that is to test with", "--data", tmp_path / "one")
     photo = (flat / "0.jpg").read_bytes()
     (flat / "5.jpg").write_bytes(photo[: len(photo) // 2])
     check(r"cannot read image \S*flat/5.jpg.*replace or delete", *ours, "--data", flat, "--batch_size", 10)
     for i in range(1, 12):
         (flat / f"{i}.jpg").unlink()
-    check("0 images are fewer than --batch_size 32", *ours, "--data", flat)
+    check("flat has one image", *ours, "--data", flat)
     assert not (run / "checkpoint.pth").exists()
 
 

@@ -990,8 +990,12 @@ def test_layers_of_two_runs_in_one_picture(copydays, ours, evaluate, monkeypatch
     for name in ("a", "b"):
         rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
         assert drawn[f"{tmp_path.name}/{name}: {copydays.parent.name}/copydays, strong"] == ((1, 2, 3), tuple(row["mAP"] for row in rows))
-    result = evaluate(*options, tmp_path / "c", "--compare", tmp_path / "x")
-    assert_one_line_error(result, "x/results.json holds no results of --task copy --layers all")
+    (tmp_path / "x").mkdir()
+    for text in (None, "", "[]", '{"args": {"task": "copy", "layers": "all"}}', '{"rows": [1], "args": {"task": "video"}}'):
+        if text is not None:
+            (tmp_path / "x" / "results.json").write_text(text)
+        result = evaluate(*options, tmp_path / "c", "--compare", tmp_path / "x")
+        assert_one_line_error(result, "x/results.json holds no results of --task copy --layers all")
     assert_one_line_error(evaluate(*options[:-3], "--compare", tmp_path / "a"), "--compare .*needs --layers all")
 
 
@@ -1245,6 +1249,8 @@ def test_files_are_not_replaced_unasked(evaluate, ours, tmp_path):
     (tmp_path / "f.pth").write_bytes(b"precious")
     assert_one_line_error(evaluate("--checkpoint", ours, "--features", tmp_path / "f.pth"), "f.pth already exists", "--overwrite")
     assert (tmp_path / "f.pth").read_bytes() == b"precious"
+    assert_one_line_error(evaluate("--checkpoint", ours, "--features", tmp_path, "--overwrite"), "is a folder: name a file")
+    assert_one_line_error(evaluate("--checkpoint", ours, "--features", ""), "argument --features: the name is empty")
     assert evaluate("--checkpoint", ours, "--features", tmp_path / "f.pth", "--overwrite").returncode == 0
 
 

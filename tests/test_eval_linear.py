@@ -410,6 +410,20 @@ def test_layer_decay_knows_the_tokens_and_the_stem_of_timms_models(name):
             assert {value} == blocks[int(place[1]), 0]
 
 
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "hrnet_w18_small", "densenet121", "poolformer_s12", "xcit_nano_12_p16_224", "pit_ti_224"])
+def test_layer_decay_of_other_models_is_timms(name):
+    """Models with rules of many kinds, or none: each rate is timm's own, to the one layer that a head on top adds."""
+    model = Classifier(common.TimmBackbone(name, 224, False), "cls", 10, False)
+    theirs = {}
+    named = {id(parameter): key for key, parameter in model.backbone.model.named_parameters()}
+    for group in timm.optim.param_groups_layer_decay(model.backbone.model, 0.05, layer_decay=0.75):
+        theirs |= {named[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
+    ours = groups_by_name(model, 0.05, 0.75)
+    assert len(set(theirs.values())) > 5
+    for key, scale in theirs.items():
+        assert 0.74 < ours[f"backbone.model.{key}"]["lr_scale"] / scale < 1.34, key
+
+
 def test_table_1_and_the_first_step_moves_by_it(checkpoints, evaluate, monkeypatch, tmp_path):
     """Adam's first step moves a parameter by its learning rate, whatever the gradient is."""
     few(monkeypatch, 256)
@@ -776,6 +790,12 @@ def test_bad_checkpoints(checkpoints, evaluate, tmp_path):
                        "text.pth": "is not a PyTorch checkpoint"}.items():
         assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / name), says)
     assert_one_line_error(evaluate("a", "--checkpoint", ""), "argument --checkpoint: no file ''")
+    options = ["--checkpoint", checkpoints["vit"], "--data", "digits", "--epochs", 1, "--max_steps", 1]
+    succeeds(evaluate("probes", *options))
+    assert_one_line_error(evaluate("a", "--checkpoint", tmp_path / "probes" / "checkpoint.pth"), "holds probes: give that of")
+    (tmp_path / "knn").mkdir()
+    (tmp_path / "knn" / "results.json").write_text("of another evaluation")
+    assert_one_line_error(evaluate("knn", *options), "results.json already exists: pass --overwrite or another place")
     assert_one_line_error(evaluate("a"), "--arch")
     result = evaluate("a", "--checkpoint", checkpoints["resnet"], "--pool", "both")
     assert_one_line_error(result, "resnet10 has no tokens.*--pool")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,7 +296,14 @@ def test_a_signal_in_a_check(script, check, teachers, tmp_path, capsys, monkeypa
             time.sleep(60)
         return 50.0
 
+    save_file = common.save_file
+
+    def interrupted_again(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save_file(*arguments)
+
     monkeypatch.setattr(script.module, "knn_accuracy", interrupted)
+    monkeypatch.setattr(common, "save_file", interrupted_again)
     flags = ["--save_every", 0, "--knn_every", 1, "--epochs", 9, "--batch_size", 512]
     result = attempt(script, teachers, capsys, "--output_dir", tmp_path, *flags)
     assert result.returncode == 130
@@ -305,6 +313,37 @@ def test_a_signal_in_a_check(script, check, teachers, tmp_path, capsys, monkeypa
         assert "continue with --resume" in result.stdout
         assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
         assert [record["step"] for record in read_log(tmp_path) if "knn" in record] == [0]
+        monkeypatch.setattr(common, "save_file", save_file)
+        monkeypatch.setattr(common, "signals", [])
+        train(script, teachers, tmp_path, *flags, "--max_steps", 3, "--resume")  # makes up for it
+        assert [record["step"] for record in read_log(tmp_path) if "knn" in record] == [0, 2, 3]
+
+
+@each_script
+def test_a_signal_while_the_last_step_is_saved(script, teachers, tmp_path, capsys, monkeypatch):
+    """P6: it ends the command too, which may have had more to train."""
+    monkeypatch.setattr(common.Run, "draw_curves", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    result = attempt(script, teachers, capsys, "--output_dir", tmp_path, "--max_steps", 2)
+    assert result.returncode == 128 + signal.SIGTERM and "continue with --resume" in result.stdout
+    assert common.read_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
+
+
+@each_script
+def test_what_torchrun_starts_again(script, teachers, tmp_path, capsys, monkeypatch):
+    """A run that it has begun goes on, whatever the flags; another run is replaced or refused as at the first start; a log that was
+    not yet renamed when its run died is."""
+    train(script, teachers, tmp_path, "--max_steps", 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert_one_line_error(attempt(script, teachers, capsys, "--output_dir", tmp_path), "already holds a run")
+    assert train(script, teachers, tmp_path, "--max_steps", 1, "--overwrite")["step"] == 1
+    assert train(script, teachers, tmp_path, "--max_steps", 3, "--overwrite")["step"] == 3
+    assert [record["step"] for record in losses_of(tmp_path)] == [1, 2, 3]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    common.save_file({**common.read_checkpoint(tmp_path / "checkpoint.pth"), "log": "log.new.jsonl"}, tmp_path / "checkpoint.pth")
+    (tmp_path / "log.jsonl").rename(tmp_path / "log.new.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 7.0, "images_per_s": 1, "data_wait": 0}\n')
+    train(script, teachers, tmp_path, "--max_steps", 4, "--resume")
+    assert [record["step"] for record in losses_of(tmp_path)] == [1, 2, 3, 4] and losses_of(tmp_path)[0]["loss"] != 7
 
 
 @each_script
@@ -323,6 +362,8 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_saves(script, teachers, t
     assert train(script, teachers, tmp_path, "--max_steps", 1, "--overwrite")["step"] == 1
     assert [record["step"] for record in losses_of(tmp_path)] == [1]
     assert not list(tmp_path.glob("*.new.*"))
+    (tmp_path / "checkpoint.pth").unlink()  # which spares space, but the weights are worth keeping
+    assert_one_line_error(attempt(script, teachers, capsys, *flags[:-1]), "backbone.pth already exists: pass --overwrite")
 
 
 @each_script
@@ -375,12 +416,15 @@ def wait_until(condition, seconds=180):
 
 
 def test_a_signal_to_all_processes_saves_too(teachers, image_folder, tmp_path):
-    """P6: shells and torchrun signal the whole group, the workers of the loader included."""
+    """P6: shells and torchrun signal the whole group, job schedulers every process, the workers of the loader included."""
     script = SCRIPTS[0]
     flags = ["--data", image_folder, *script.on_files, "--batch_size", 8, "--save_every", 0, "--num_workers", 2]
     process = start(script, teachers, tmp_path, *flags, outputs=[tmp_path / "stdout"])
     log = tmp_path / "log.jsonl"
     wait_until(lambda: not process.is_alive() or log.exists() and len(losses_of(tmp_path)) > 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for worker in children.read_text().split() if children.exists() else []:
+        os.kill(int(worker), signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     process.join(timeout=120)
     assert process.exitcode == 128 + signal.SIGTERM
@@ -432,6 +476,7 @@ def test_numbers_out_of_bounds_and_unknown_flags_are_one_line(script, teachers, 
     check("--recipe", "imagenot", says="unknown --recipe imagenot: use one of .*digits")
     check("--data", tmp_path / "nowhere", says="nowhere is neither a directory nor one of.*digits")
     check("--data", "", says="--data '' is neither a directory")
+    check("--output_dir", "", says="argument --output_dir: the name is empty")
     check("--arch", "vit_giant", says="--arch vit_giant.*vit_small")
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
     check("--output_dir", tmp_path / "file", says="(File exists|Not a directory).*file", code=1)
