@@ -1652,8 +1652,8 @@ class Run:
             restarts = max(of_each_process(restarts, loader.device))
             agent = number_of(f"{socket.gethostname()} {os.getppid()}")
             self.agents = of_each_process(agent, loader.device)
-        checkpoint = {}
         if path.is_file():
+            checkpoint = {}
             if args.resume or restarts > 0:
                 checkpoint = read_checkpoint(path)
             begun = set(self.agents) & set(checkpoint.get("agents", []))
@@ -1672,9 +1672,6 @@ class Run:
             raise InputError(f"the processes do not see the same images, or not the same "
                              f"checkpoint in {self.folder}: all machines need the same files")
         if rank() == 0:
-            # a run that replaces another may have been killed just before its log did
-            if self.start > 0 and checkpoint.get("log") == new_log.name and new_log.is_file():
-                new_log.replace(self.log_file)
             new_log.unlink(missing_ok=True)
             # a run that was killed has logged steps that its checkpoint does not know
             records = [record for record in self.records() if record["step"] <= self.start]
@@ -1753,7 +1750,7 @@ class Run:
                 if record["step"] == self.start:
                     due = [name for name in due if name not in record]
         self.check(self.start, due)
-        if rank() == 0 and self.start > 0 and (due or not (self.folder / "curves.png").exists()):
+        if rank() == 0 and self.start > 0 and due:
             self.draw_curves()
         self.clock = time.perf_counter()
         self.clock_step = self.start
@@ -1914,14 +1911,14 @@ class Run:
 
     def save(self, step: int) -> None:
         """The checkpoint: state of all parts, step, settings, meta, fingerprint of the data, and
-        whose run it is: torchrun's agents, name of its log."""
+        torchrun's agents that began the run."""
         if rank() > 0:
             return
         # plain containers and tensors, so that it loads with weights_only=True
         content = {name: part.state_dict() for name, part in self.parts.items()}
         weights = content.get(self.meta.get("network"))
         content |= {"step": step, "args": self.settings, "meta": self.meta, "data": self.data,
-                    "agents": self.agents, "log": self.log_file.name}
+                    "agents": self.agents}
         save_file(content, self.folder / "checkpoint.pth")
         # the old run, if there was one, has now been replaced
         if self.log_file.name != "log.jsonl":
