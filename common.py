@@ -718,7 +718,7 @@ class ViewLoader:
         # known before the workers start, which have no process group to ask
         self.rows = local_rows(self.batch_size)
         self.steps_per_epoch = len(self.data) // self.batch_size
-        self.in_workers = self.data.images is None
+        self.in_workers = self.data.images is None  # then they are decoded
         self.waited = 0.0
 
     def index(self, step: int) -> Tensor:
@@ -1022,7 +1022,7 @@ class ResNet(torchvision.models.ResNet):
 
     def __init__(self, block: str, depths: list[int], img_size: int = 224):
         super().__init__(getattr(torchvision.models.resnet, block), depths, norm_layer=BatchNorm)
-        self.embed_dim = self.fc.in_features
+        self.embed_dim = self.fc.in_features  # 512, or 2048 of bottlenecks
         self.layer_dims = [self.embed_dim // ratio for ratio in (8, 4, 2, 1)]
         self.fc = nn.Identity()
         if img_size < 64:
@@ -1634,10 +1634,10 @@ class Run:
         self.checks = checks or {}
         self.parts = parts
         self.steps_per_epoch = loader.steps_per_epoch
-        self.total = args.epochs * loader.steps_per_epoch
-        self.stop = min(self.total, args.max_steps or self.total)
-        self.start = 0
-        self.first_bad = None
+        self.total = args.epochs * loader.steps_per_epoch  # what schedules span
+        self.stop = min(self.total, args.max_steps or self.total)  # where this command ends
+        self.start = 0  # steps that are done
+        self.first_bad = None  # of each loss, the step at which it was not finite
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
         new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
