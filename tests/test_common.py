@@ -962,6 +962,11 @@ def test_pickled_checkpoints(tmp_path, monkeypatch):
         common.read_checkpoint("foreign.pth")
     exec(re.search(r'python -c "(.*)"', str(caught.value))[1], {})
     assert same(common.read_checkpoint("clean.pth"), {"teacher": {"a": torch.ones(3)}})
+    torch.save(nn.Linear(2, 3), "model.pth")
+    with pytest.raises(InputError) as caught:
+        common.read_checkpoint("model.pth")
+    exec(re.search(r'python -c "(.*)"', str(caught.value))[1], {})
+    assert common.read_checkpoint("clean.pth").keys() == {"weight", "bias"}
 
 
 def under(prefix, weights):
@@ -1000,6 +1005,7 @@ KEY_STYLES = {  # name: (checkpoint, the network asked for, the weights that mus
     "compiled, then distributed": (under("_orig_mod.module.", S), None, S),
     "compiled inside": ({"student": under("backbone._orig_mod.", S), "meta": {"network": "student"}}, None, S),
     "compiled in a model": (under("model._orig_mod.", S), None, S),
+    "compiled block by block": ({key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in S.items()}, None, S),
     "SDSSL's release": (SDSSL, None, S),
     "SDSSL's release, its teacher": (SDSSL, "teacher", T),
     "SimDis' release": (SIMDIS, None, S),
@@ -1019,6 +1025,10 @@ def test_backbone_weights_of_every_key_style(style, tmp_path):
     torch.save(checkpoint, tmp_path / "file.pth")
     backbone, _ = common.load_backbone(str(tmp_path / "file.pth"), "vit_nano", 4, 8, network=network)
     assert same(backbone.state_dict(), expected)
+    if style == "MAE, with its decoder":  # whose mask token is not that of a backbone which has one
+        masked = common.vit_nano(img_size=8, patch_size=4, mask_token=True)
+        common.start_from(masked, str(tmp_path / "file.pth"))
+        assert same(dict(masked.state_dict(), mask_token=0), dict(expected, mask_token=0))
 
 
 def test_backbone_weights_of_a_resnet():

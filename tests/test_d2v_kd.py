@@ -303,6 +303,14 @@ def test_blocks_that_the_student_starts_from(arch, which, depth, chosen):
         assert d2v_kd.kd_loss(student(x), teacher(x)) < 1e-10
 
 
+def test_moco_v3s_vit_small_has_12_heads(tmp_path):
+    weights = common.vit_small(img_size=16, patch_size=4, depth=2, num_heads=12, pos_embed="sincos").state_dict()
+    torch.save({**weights, "pos_embed": weights["pos_embed"].roll(192, 2)}, tmp_path / "moco.pth")
+    flags = ["--arch", "vit_small", "--student", "prenorm", "--depth", 2, "--proj", "--init", tmp_path / "moco.pth"]
+    student, meta, _ = built(*flags)
+    assert student.backbone.blocks[0].attn.num_heads == meta["backbone"]["num_heads"] == 12
+
+
 @pytest.mark.parametrize("flags", [[], ["--student", "prenorm"], ["--arch", "vit_tiny", "--depth", 2, "--proj"]])
 def test_what_learns(flags):
     """All but the fixed positions and the final norm, which Eq. 6 does not see; --proj maps every state of a student of another

@@ -118,6 +118,13 @@ def test_number_of_classes_and_of_labels(points):
         knn_classifier(points[0], points[1][:-1], points[2], 10)
 
 
+def test_double_precision_stays(points):
+    train, labels, test = points[0].double(), points[1], points[2].double()
+    scores = knn_classifier(train, labels, test, 10)
+    assert scores.dtype == torch.float64
+    torch.testing.assert_close(scores.float(), naive_scores(train, labels, test, 10, 0.07, 5), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_features_are_computed_in_fp32(points, dtype, autocast):

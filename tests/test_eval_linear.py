@@ -333,6 +333,17 @@ def test_losses_with_soft_targets():
         torch.testing.assert_close(eval_linear.sample_losses(logits, soft), expected)
 
 
+def test_the_recipe_is_that_of_the_trained_size(checkpoints, evaluate, tmp_path):
+    """Large files and a backbone of small images: CIFAR-10's, not ImageNet's."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "large" / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (100, 110), (i, 9, 200)).save(tmp_path / "large" / split / name / f"{i}.png")
+    options = ["--checkpoint", checkpoints["vit"], "--data", tmp_path / "large", "--batch_size", 4, "--lr", 0.1, "--max_steps", 1]
+    assert "recipe cifar10" in succeeds(evaluate("a", *options)).stdout
+
+
 def test_hold_out():
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10 + [-1] * 30)[torch.randperm(100)]
     data = common.ImageData(labels, ["a", "b", "c"], torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).repeat(1, 3, 1, 1))

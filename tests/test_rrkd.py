@@ -348,6 +348,10 @@ def test_the_whole_job_resumes_exactly(tmp_path):
     train(tmp_path / "moved", *flags, "--max_steps", 2)
     (tmp_path / "moved").rename(tmp_path / "parts")  # no path of its own making is compared
     parts = train(tmp_path / "parts", *flags, "--resume")
+    *_, result = log = read_log(tmp_path / "parts")
+    steps = [record for record in log if "images_per_s" in record]
+    seconds = sum(359 / record["images_per_s"] for record in steps)  # those before the break too
+    assert [record["step"] for record in steps] == [1, 2, 3, 4] and result["minutes"] == pytest.approx(seconds / 60)
     whole["args"] = parts["args"] = None
     assert same(whole, parts)
     for name in ("teacher", "baseline"):
