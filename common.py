@@ -309,7 +309,7 @@ class ImageData:
         for path in self.paths or []:
             digest.update(os.fsencode(path[root:]) + b"\n")
         height, width = self.image_size()
-        return f"{len(self)} images of {height} x {width}, {digest.hexdigest()[:15]}"
+        return f"{len(self)} images of {height} x {width}, {digest.hexdigest()[:16]}"
 
 
 def read_image(path) -> Tensor:
@@ -407,6 +407,13 @@ def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> Im
     return data
 
 
+def check_data(data: str) -> None:
+    """Raises InputError for what is neither a named data set nor a directory."""
+    if data not in ("digits", *DATASETS) and (not data or not Path(data).is_dir()):
+        raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: digits "
+                         f"{' '.join(DATASETS)}")
+
+
 def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData | None]:
     """Training and test images of a named data set or of a directory; the latter may have none to
     test with."""
@@ -421,10 +428,8 @@ def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData 
         except Exception as error:
             raise InputError(f"{data} is not under {data_path} and could not be downloaded "
                              f"({one_line(error)}): pass --data_path or --data DIR") from None
+    check_data(data)
     root = Path(data)
-    if not data or not root.is_dir():
-        raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: digits "
-                         f"{' '.join(DATASETS)}")
     if not (root / "train").is_dir():
         return read_folder(root, labelled=False), None
     train = read_folder(root / "train", labelled=True)

@@ -94,8 +94,8 @@ EPS = 1e-5  # as released; the text says 1e-8
 @fp32
 def instance_norm(h: Tensor) -> Tensor:
     """Each dim of an image's states (B, T, D) to mean 0 and variance 1 over its T tokens."""
-    h = h - h.mean(1, keepdim=True)  # Eqs. 1, 2
-    return h * (h.square().mean(1, keepdim=True) + EPS).rsqrt()
+    h = h - h.mean(1, keepdim=True)  # Eqs. 1, 2: centred ...
+    return h * (h.square().mean(1, keepdim=True) + EPS).rsqrt()  # ... and scaled
 
 
 def contextualized_target(hidden_states: list[Tensor]) -> Tensor:

@@ -67,10 +67,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as tv
 
 from common import (CORES, DATASETS, InputError, Parser, add_checkpoint_arguments, at_least,
-                    autocast, extract_features, find_images, fp32, knn_classifier, launch,
-                    leave_process_group, load_backbone, load_data, log, mean_over_processes,
-                    one_line, path_name, prepare_files, progress, rank, read_image, replacing,
-                    save_figure, save_file, setup, subplots, world_size)
+                    autocast, check_data, extract_features, find_images, fp32, knn_classifier,
+                    launch, leave_process_group, load_backbone, load_data, log,
+                    mean_over_processes, one_line, path_name, prepare_files, progress, rank,
+                    read_image, replacing, save_figure, save_file, setup, subplots, world_size)
 
 TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07,
@@ -601,11 +601,9 @@ def complete(args) -> None:
     if args.output_dir:
         files += [f"{args.output_dir}/{name}" for name in ("results.json", "layers.png")]
     prepare_files(files, args.overwrite)
-    for data in args.data:
-        known = data in ("digits", *DATASETS) or Path(data).is_dir()
-        if args.task == "knn" and not known:
-            raise InputError(f"--data {data or repr(data)} is neither a directory nor one of: "
-                             f"digits {' '.join(DATASETS)}")
+    if args.task == "knn":
+        for data in args.data:
+            check_data(data)
 
 
 def main() -> None:

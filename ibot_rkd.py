@@ -45,7 +45,7 @@ RKD-A to 76.7 %, iBOT with as many views to 78.1 %.
     patches        of patch outputs   of views            tokens; --patch_relations
     masks          student's views    enter as distances  student's views
     angles at 256  fell to batch 16   -                   in pieces: < 2 GiB
-    clipping at 3  not said           of each tensor      of all
+    clipping at 3  not said           of each tensor      of all at once
 """
 import copy
 import dataclasses
@@ -98,7 +98,7 @@ RECIPES = {
 
 # --------------------------------------------------------------------------------------- losses
 
-ENTRIES = 2**23  # of structures at once: 32 MiB in fp32, or one row of all groups
+ENTRIES = 2**23  # of structures at once: 32 MiB, or one row of all groups
 
 
 @fp32
@@ -608,7 +608,7 @@ def attention_maps(backbone: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def draw_attention(args) -> None:
-    """A line for each checkpoint and image: the image, each head, all of them."""
+    """A line for each checkpoint and image: it, each head, all of them."""
     from matplotlib import colormaps
 
     device = setup(args)

@@ -278,7 +278,7 @@ def train(args) -> None:
     warmup = int(args.warmup_epochs * run.steps_per_epoch)
     lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
-    chance = 4.0 * len(models)  # predictions orthogonal to targets: 2 a view
+    chance = 4.0 * len(models)  # of L_S, L_T: orthogonal predictions, 2 a view
     log(f"{args.stage}, {args.optimizer}: {run.total} steps of {M} images, lr {args.lr:.1e} * {M} "
         f"/ 256 = {peak_lr:.1e}, chance level of loss {chance:.0f}")
 
