@@ -196,8 +196,10 @@ def setup(args) -> torch.device:
             args.dtype = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if getattr(args, "compile", False) is None:
         args.compile = cuda
+    # TF32 for what autocast leaves in fp32; convolutions would take it for fp32 too
     if args.dtype != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = args.dtype != "fp32"
     torch.manual_seed(args.seed)  # of the weights alone: all else comes from `draw`
     return device
 
@@ -1519,7 +1521,8 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     try:
         for x in progress(batches, desc="features", total=total, leave=False, unit="batch"):
             with autocast(device, dtype):
-                features = backbone(x, layers=layers)
+                # what is compiled for training would be compiled again for these sizes
+                features = backbone.forward(x, layers=layers)
             collected.append([f.float() for f in (features if layers else [features])])
     finally:
         for module, training in modes:

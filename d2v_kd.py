@@ -138,7 +138,8 @@ class ImageLoss(nn.Module):
         self.teacher = teacher
 
     def forward(self, x: Tensor, layers: bool = False) -> Tensor:
-        errors = (self.student(x) - self.teacher(x)).square()  # (B, T, D)
+        # `forward`: as in `extract_features`
+        errors = (self.student.forward(x) - self.teacher.forward(x)).square()  # (B, T, D)
         return errors.mean((1, 2))[:, None]  # (B, 1)
 
 

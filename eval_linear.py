@@ -75,7 +75,7 @@ from common import (DATASETS, BatchNorm, ImageData, InputError, Parser, Run, Vie
                     autocast, cosine_schedule, distributed, eval_batches, extract_features, fp32,
                     gather, launch, load_backbone, load_data, local_rows, log, mean_over_processes,
                     prepare_files, progress, rank, replacing, save_figure, setup, subplots,
-                    world_size)
+                    to_device, world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -358,9 +358,9 @@ def train_probes(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, n
             group["lr"] = float(lr[step])
 
         # features of the layers, without gradient
-        labels = data.labels[index].to(device)  # (B,)
+        labels = to_device(data.labels[index], device)  # (B,)
         if args.cached:
-            features = cache[index.to(device)]  # (B, L, D)
+            features = cache[to_device(index, device)]  # (B, L, D)
         else:
             with autocast(device, args.dtype):
                 features = frozen(views[0])
@@ -421,7 +421,7 @@ def finetune(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, nn.Mo
             group["lr"] = float(lr[step]) * group["lr_scale"]  # Eq. 7
 
         # images, erased and mixed
-        targets = data.labels[index].to(device)  # (B,)
+        targets = to_device(data.labels[index], device)  # (B,)
         smoothing = args.smoothing
         if args.erasing:
             x = erase(x, erasing, args.seed, step)

@@ -71,17 +71,20 @@ def watched(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - began, peak / 2**20
 
 
-def count_flops(number, script, flags, results) -> None:
-    """In a process of its own: floating-point operations of a training step for one image, forward and backward."""
+def count_flops(number, rows, results) -> None:
+    """In a process of its own: floating-point operations of a training step for one image, forward and backward, of each row."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    method, counts = __import__(Path(script).stem), []
+    flops = {}
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    for steps in (1, 2):
-        with FlopCounterMode(display=False) as counter:
-            method.train(method.parse_arguments([*flags, "--batch_size", "4", "--max_steps", str(steps), "--device", "cpu"]))
-        counts.append(counter.get_total_flops())
-    results.put((counts[1] - counts[0]) / 4)
+    for name, (script, flags) in rows.items():
+        method, counts = __import__(Path(script).stem), []
+        for steps in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                method.train(method.parse_arguments([*flags, "--batch_size", "4", "--max_steps", str(steps)]))
+            counts.append(counter.get_total_flops())
+        flops[name] = (counts[1] - counts[0]) / 4
+    results.put(flops)
 
 
 def matmul_peak(device: torch.device) -> float:
@@ -91,13 +94,14 @@ def matmul_peak(device: torch.device) -> float:
     return rate(lambda: a @ a, 2 * n**3)
 
 
-def bench_training(device: torch.device, batch: int, repeats: int, only: list[str]) -> list[dict]:
+def bench_training(device: torch.device, batch: int, repeats: int, only: list[str], extra: list[str]) -> list[dict]:
     gpu, peak = device.type == "cuda", matmul_peak(device)
-    steps, every = (60, 10) if gpu else (4, 1)
+    steps, every = (40, 10) if gpu else (4, 1)
     print(f"training, batch {batch} of 224 x 224, on {device}; median over {repeats} runs taken in turn, the first quarter of each left out; "
           f"a large matrix product makes {peak / 1e12:.2f} TFLOP/s")
     rows = {name: row for name, row in TRAINING.items() if any(part in name for part in only)}
-    speeds, waits, memory, flops = ({name: [] for name in rows} for _ in range(4))
+    speeds, waits, memory = ({name: [] for name in rows} for _ in range(3))
+    counted = {}
     with tempfile.TemporaryDirectory() as runs:
         for split in ("a", "b"):
             (Path(runs) / "images" / "train" / split).mkdir(parents=True)
@@ -105,20 +109,20 @@ def bench_training(device: torch.device, batch: int, repeats: int, only: list[st
         for repeat in range(repeats):
             for name, (script, flags, _) in rows.items():
                 flags = [flag.format(VIT="vit_base" if gpu else "vit_small", RUNS=runs) for flag in flags]
-                flags += ["--data", f"{runs}/images", "--img_size", "224", "--log_every", str(every), "--overwrite",
-                          "--num_workers", str(min(16, os.cpu_count()) if gpu else 0), "--output_dir", f"{runs}/{name}"]
+                flags += [*extra, "--data", f"{runs}/images", "--img_size", "224", "--log_every", str(every), "--overwrite",
+                          "--save_every", "0", "--num_workers", str(min(16, os.cpu_count()) if gpu else 0), "--output_dir", f"{runs}/{name}"]
                 whole = [*flags, "--batch_size", str(batch), "--max_steps", str(steps)]
                 _, gib = watched([sys.executable, str(ROOT / script), *whole])
                 records = [json.loads(line) for line in (Path(runs) / name / "log.jsonl").read_text().splitlines()]
                 records = [record for record in records if "images_per_s" in record]
                 memory[name].append(records[-1].get("gpu_gib", gib))
-                records = records[max(1, len(records) // 4) :]
+                records = [record for record in records if record["step"] > steps // 4]
                 speeds[name] += [record["images_per_s"] for record in records]
                 waits[name] += [record["data_wait"] for record in records]
-                if repeat == 0:
-                    results = mp.get_context("spawn").SimpleQueue()
-                    mp.spawn(count_flops, (script, [*flags, "--no-compile", "--output_dir", f"{runs}/count"], results), nprocs=1)
-                    flops[name] = results.get()
+                counted[name] = script, [*flags, "--no-compile", "--output_dir", f"{runs}/count"]
+        results = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(count_flops, (counted, results), nprocs=1)
+        flops = results.get()
     table = []
     print(f"{'':<27}{'s/step':>8}{'images/s':>10}{'GiB':>7}{'wait':>7}{'GFLOPs':>8}{'of peak':>9}   against")
     for name, (_, _, base) in rows.items():
@@ -309,6 +313,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rows", nargs="+", default=[""], help="of `training`: those whose name holds one of these, such as SimDis")
+    parser.add_argument("--flags", default="", help="of `training`: more flags of every run, such as --flags=--no-compile")
     parser.add_argument("--photos", type=Path, help="a folder of photographs for `loading` (default: makes some)")
     parser.add_argument("--batch_size", type=int, help="of `training` (default: 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command (default: %(default)s)")
@@ -320,7 +325,7 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {name}")
     bench = dict(
         training=lambda: bench_training(device, arguments.batch_size or (256 if device.type == "cuda" else 16), arguments.repeats,
-                                        arguments.rows),
+                                        arguments.rows, arguments.flags.split()),
         evaluation=lambda: bench_evaluation(arguments.repeats), probes=lambda: bench_probes(arguments.repeats),
         relations=lambda: bench_relations(device), loading=lambda: loading(arguments.photos, device),
         augmentation=lambda: bench_augmentation(device))

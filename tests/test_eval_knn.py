@@ -19,7 +19,8 @@ from conftest import SHARED, assert_one_line_error, run_script
 from matplotlib.axes import Axes
 from PIL import Image, ImageFilter
 from sklearn.neighbors import KNeighborsClassifier
-from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor, resize
+from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor
+from torchvision.transforms.v2.functional import resize  # rounds otherwise than v1
 
 import common
 import eval_knn

@@ -5,6 +5,7 @@ tests; eval_linear.py's runs are in test_eval_linear.py.
 """
 import contextlib
 import importlib
+import json
 import math
 import os
 import re
@@ -608,3 +609,76 @@ def test_default_run_learns(script, tmp_path):
     assert result.returncode == 0, result.stderr
     accuracies = [record["knn"] for record in read_log(tmp_path) if "knn" in record]
     assert accuracies[-1] >= accuracies[0] + 5 and "collapse" not in result.stdout
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@each_script
+def test_a_gpu_takes_the_same_steps(script, teachers, few_digits, tmp_path):
+    """The losses of three steps in fp32 are those of the CPU. In fp16 the first is near it; then steps may be left out, until the
+    scale of the losses fits."""
+    losses = {}
+    for name, flags in {"cpu": [], "cuda": ["--device", "cuda"], "fp16": ["--device", "cuda", "--dtype", "fp16"]}.items():
+        train(script, teachers, tmp_path / name, "--max_steps", 3, "--dtype", "fp32", "--no-compile", *flags)
+        losses[name] = [record["loss"] for record in losses_of(tmp_path / name)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+    assert losses["fp16"][0] == pytest.approx(losses["cpu"][0], rel=0.03) and all(map(math.isfinite, losses["fp16"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["memory", "files"])
+@each_script
+def test_no_step_waits_for_the_gpu(script, where, teachers, image_folder, tmp_path, monkeypatch):
+    """Between two records of the log, nothing waits for the device."""
+    steps_of = common.ViewLoader.steps
+
+    def steps(self, start, stop):
+        for step, views, index in steps_of(self, start, stop):
+            torch.cuda.set_sync_debug_mode("error" if 10 <= step < 13 else "default")  # the first ten are logged
+            yield step, views, index
+
+    monkeypatch.setattr(common.ViewLoader, "steps", steps)
+    monkeypatch.setattr(common.Run, "ends_epoch", lambda self, step, every: False)  # no checks, which wait
+    flags = ["--device", "cuda", "--dtype", "bf16", "--no-compile", "--log_every", 100, "--save_every", 0, "--epochs", 10]
+    if where == "files":
+        flags += ["--data", image_folder, *script.on_files, "--batch_size", 8, "--num_workers", 2]
+    try:
+        train(script, teachers, tmp_path, *flags, "--max_steps", 14)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@each_script
+def test_default_job_on_a_gpu(script, tmp_path):
+    """bf16 and compiled, through torchrun's process group; stopped and resumed."""
+    job = ["--standalone", "--nproc_per_node=1", f"{script.name}.py", "--num_workers", 2, "--output_dir", tmp_path]
+    first = run_script("torch.distributed.run", *job, *script.default)
+    assert first.returncode == 0, first.stderr
+    assert "cuda, bf16" in first.stdout and re.search(script.says, first.stdout, re.DOTALL)
+    more = [*script.default[:-1], script.default[-1] + 2 * ("--max_steps" in script.default)]
+    second = run_script("torch.distributed.run", *job, *more, "--resume")
+    assert second.returncode == 0 and "recompile_limit" not in first.stderr + second.stderr, second.stderr
+    records = losses_of(tmp_path)
+    assert records[-1]["step"] == torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] > 2
+    assert all(math.isfinite(record["loss"]) and record["gpu_gib"] > 0 for record in records)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", [
+    "eval_knn.py --layers all", "eval_linear.py --epochs 2 --layers all", "eval_linear.py --epochs 5 --cached",
+    "eval_linear.py --epochs 2 --finetune all --mixup 0.8 --erasing 0.25"])
+def test_an_evaluation_on_a_gpu(command, teachers, tmp_path):
+    """In fp32 as on the CPU, and the default of bf16 and compilation near it."""
+    top1 = {}
+    exact = ["--dtype", "fp32"] + ["--no-compile"] * ("linear" in command)
+    for name, flags in {"cpu": ["--device", "cpu", *exact], "cuda": ["--device", "cuda", *exact], "default": []}.items():
+        script, *arguments = command.split()
+        result = run_script(script, *arguments, *flags, "--checkpoint", teachers["backbone"], "--output_dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        top1[name] = [row.get("top-1", row.get("test_top1")) for row in rows]
+    assert top1["cuda"] == pytest.approx(top1["cpu"], abs=1)
+    assert top1["default"] == pytest.approx(top1["cpu"], abs=3)
