@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,10 @@ def bench_training(device: torch.device, batch: int, repeats: int, only: list[st
     with tempfile.TemporaryDirectory() as runs:
         for split in ("a", "b"):
             (Path(runs) / "images" / "train" / split).mkdir(parents=True)
-            photographs(Path(runs) / "images" / "train" / split, max(64, batch))
+            folder = Path(runs) / "images" / "train" / split
+            for path in photographs(folder, 16):
+                for copy in range(max(4, batch // 16) - 1):
+                    shutil.copy(path, folder / f"{path.stem}-{copy}.jpg")
         for repeat in range(repeats):
             for name, (script, flags, _) in rows.items():
                 flags = [flag.format(VIT="vit_base" if gpu else "vit_small", RUNS=runs) for flag in flags]
@@ -118,6 +122,7 @@ def bench_training(device: torch.device, batch: int, repeats: int, only: list[st
                 memory[name].append(records[-1].get("gpu_gib", gib))
                 records = [record for record in records if record["step"] > steps // 4]
                 speeds[name] += [record["images_per_s"] for record in records]
+                print(f"{name}: {speeds[name][-1]:.1f} images/s, {memory[name][-1]:.2f} GiB", file=sys.stderr, flush=True)
                 waits[name] += [record["data_wait"] for record in records]
                 counted[name] = script, [*flags, "--no-compile", "--output_dir", f"{runs}/count"]
         results = mp.get_context("spawn").SimpleQueue()

@@ -28,9 +28,12 @@ FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "timm", "
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and no others")
 
 
 def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "figures: looks at what is drawn")
@@ -50,8 +53,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if config.getoption("--gpu") != ("gpu" in item.keywords):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run with --gpu, which skips all others"))
 
 
 def _blank(self, path, **options):

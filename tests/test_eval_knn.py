@@ -501,7 +501,6 @@ def test_bad_values_without_a_checkpoint(options, patterns, evaluate, small_fold
     assert_one_line_error(evaluate("--data", small_folder, *options), *patterns)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_absent_device(evaluate, ours):
     assert_one_line_error(evaluate("--checkpoint", ours, "--device", "cuda"), "--device cuda is not available")
 

@@ -400,7 +400,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teachers):
     cats, ae, mlp, run = image_folder / "train" / "cat", teachers[False][2], teachers[True][2], tmp_path / "run"
     small = "--batch_size 8 --img_size 8 --data"
     places = dict(tmp=tmp_path, images=image_folder, flat=cats, ae=ae, mlp=mlp, small=small,
-                  absent="mps" if torch.cuda.is_available() else "cuda")
+                  absent="cuda")
     for split in ("train", "val"):
         shutil.copytree(cats, tmp_path / "one" / split / "cat")
     (tmp_path / "not.pth").write_text("not a checkpoint")

@@ -314,7 +314,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder):
     check("--arch", "timm/vit_tiny_patch16_224", "--num_heads", 3, says=["--num_heads is for ViTs of vit_nano"])
     check("--isd_every", 4, says=["--isd_every 4 leaves none"])
     check("--framework", "simclr", "--isd_mlp", 0, says=["--isd_mlp 0 needs predictors"])
-    check("--device", "cuda" if not torch.cuda.is_available() else "mps", says=["not available"])
+    check("--device", "cuda", says=["not available"])
     (tmp_path / "not.pth").write_text("not a checkpoint")
     check("--init", tmp_path / "not.pth", says=["not a PyTorch checkpoint"])
     torch.save(common.vit_tiny(img_size=16, patch_size=4, depth=4).state_dict(), tmp_path / "tiny.pth")
