@@ -89,26 +89,21 @@ def launch(main) -> None:
     can be mended, 1 for a file that cannot be read or written, 128 + number for a signal."""
     sys.stdout = Terminal(sys.stdout)
     sys.stderr = Terminal(sys.stderr)
-    # torchrun and shells send SIGTERM, Ctrl-C is SIGINT
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; what torchrun and schedulers send
         signal.signal(number, on_signal)
     try:
-        try:
-            main()
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # and with them a loader and its workers
-            raise
-    except (InputError, OSError) as error:
-        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
-        sys.exit(128 + signals[-1])
-    except RuntimeError as error:  # a loader's worker was killed, perhaps for want of memory
-        if "DataLoader worker" not in str(error):
-            raise
-        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        main()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # and with them a loader and its workers
+        if isinstance(error, KeyboardInterrupt):
+            tqdm.write(f"stopped by {signal.Signals(signals[-1]).name}", file=sys.stderr)
+            sys.exit(128 + signals[-1])
+        # a loader's worker was killed, perhaps for want of memory
+        killed = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        if killed or isinstance(error, (InputError, OSError)):
+            tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+        raise
     if dist.is_initialized():  # not after an error: others may wait for what does not come
         barrier()  # with torch 2.6 a group that has just worked may wait for itself
         dist.destroy_process_group()
@@ -253,8 +248,7 @@ def local_rows(global_batch: int) -> slice:
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for every data set; checkpoints say what they used
 STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm",
-                  ".pgm", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jpe", ".jfif", ".gif")
 DATASETS = {  # name: (torchvision's class, arguments of its training split, of its test split)
     "mnist": ("MNIST", {"train": True}, {"train": False}),
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
@@ -348,25 +342,22 @@ def find_images(folder) -> list[str]:
     def fail(error):
         raise error
 
-    images, others, seen = [], Counter(), set()
+    files, seen = [], set()
     if not os.path.isdir(folder):
-        return images
+        return files
     for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.realpath(top) in seen:
             folders.clear()  # a link to a folder above would never end
             continue
         seen.add(os.path.realpath(top))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
-                images.append(os.path.join(top, name))
-            elif not name.startswith("."):
-                others[suffix or "no ending"] += 1
+        files += [os.path.join(top, name) for name in names if not name.startswith(".")]
+    others = [file for file in files if not file.lower().endswith(IMAGE_SUFFIXES)]
     if others:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        log(f"{folder}: {others.total()} files are not read as images ({counts})")
-    return sorted(images)
+        suffixes = Counter(os.path.splitext(file)[1].lower() or "no ending" for file in others)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        log(f"{folder}: {len(others)} files are not read as images ({counts})")
+    return sorted(set(files) - set(others))
 
 
 def read_folder(folder: Path, labelled: bool, classes: list | None = None) -> ImageData:
@@ -417,8 +408,7 @@ def check_data(data: str) -> None:
 
 
 def load_data(data: str, data_path: str = "data") -> tuple[ImageData, ImageData | None]:
-    """Training and test images of a named data set or of a directory; the latter may have none to
-    test with."""
+    """Training and test images of a named data set or of a directory, which may lack the latter."""
     if data == "digits":
         return load_digits()
     if data in DATASETS:
@@ -513,11 +503,10 @@ class View:
     solarize: float = 0.0
 
 
-def byol_views(size: int, scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2,
-               blur=True) -> tuple[View, View]:
+def byol_views(size: int, scale=(0.08, 1.0), flip=0.5, blur=True) -> tuple[View, View]:
     """The two views of BYOL and MoCo v3. Blur would erase images of about 32 pixels."""
-    shared = dict(size=size, scale=tuple(scale), flip=flip, jitter=tuple(jitter), p_jitter=0.8,
-                  grey=grey)
+    shared = dict(size=size, scale=scale, flip=flip, jitter=(0.4, 0.4, 0.2, 0.1), p_jitter=0.8,
+                  grey=0.2)
     return View(**shared, blur=1.0 * blur), View(**shared, blur=0.1 * blur, solarize=0.2)
 
 
@@ -681,17 +670,11 @@ def permutation(seed: int, epoch: int, images: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, epoch, 1000]).permutation(images))
 
 
-def leave_process_group(worker: int) -> None:
-    """In a loader's worker: a signal to the whole group is for the main process."""
-    if hasattr(os, "setpgrp"):  # Windows has no groups
-        os.setpgrp()
-
-
 def outlive_signals(worker: int) -> None:
-    """In a worker of a training run: job schedulers signal it too, but the main process needs it
-    for the step at which it saves."""
-    leave_process_group(worker)
-    if hasattr(signal, "alarm"):
+    """In a loader's worker: terminals and job schedulers signal it too, but the main process may
+    need it for the step at which it saves."""
+    if hasattr(os, "setpgrp"):  # Windows has neither groups nor alarms
+        os.setpgrp()
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
 
 
@@ -702,7 +685,7 @@ class ViewLoader:
     views: for each `View` a normalised tensor (B, 3, S, S) on the device; index (B,): rows of
     `data`. batch_size is M. An epoch is a permutation of the data without its incomplete last
     batch. Images in memory are cropped on the device; files are decoded and cropped by workers,
-    a batch each. `waited`: the seconds spent waiting for crops.
+    a batch each. `waited`: seconds spent waiting for crops, since they were last read.
     """
 
     data: ImageData
@@ -718,7 +701,6 @@ class ViewLoader:
         if self.batch_size % world_size():
             raise InputError(f"--batch_size {self.batch_size} does not divide by {world_size()} "
                              f"processes")
-        # an incomplete batch is left out, so there has to be a complete one
         if len(self.data) < self.batch_size:
             raise InputError(f"{len(self.data)} images are fewer than --batch_size "
                              f"{self.batch_size}: lower it or add images")
@@ -758,7 +740,9 @@ class ViewLoader:
         device = torch.device(self.device)
         mean = torch.tensor(self.mean, device=device)  # made once, since that waits for the device
         std = torch.tensor(self.std, device=device)
-        if self.in_workers:
+        if not self.views:  # the index alone is wanted
+            batches = ([] for _ in range(start, stop))
+        elif self.in_workers:
             # a sample of this loader is a whole batch, and its index is the step
             batches = iter(DataLoader(
                 self, batch_size=None, sampler=range(start, stop), num_workers=self.num_workers,
@@ -798,7 +782,7 @@ def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_w
     else:
         batches = DataLoader([data.paths[i] for i in rows.tolist()], batch_size,
                              collate_fn=functools.partial(centre_crops, size=size),
-                             num_workers=num_workers, worker_init_fn=leave_process_group,
+                             num_workers=num_workers, worker_init_fn=outlive_signals,
                              generator=torch.Generator())  # leaves the global one alone
     for x in batches:
         x = x.to(device).float() / 255
@@ -860,8 +844,6 @@ def drop(branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     """(1, T, D) fixed positions: a quarter each for sin x, cos x, sin y, cos y; 0 for [CLS]."""
-    if dim % 4:
-        raise InputError(f"sine-cosine positions need a width that 4 divides, not {dim}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
     y = torch.arange(grid[0]).repeat_interleave(grid[1])[:, None] * omega  # (N, D/4)
     x = torch.arange(grid[1]).repeat(grid[0])[:, None] * omega  # (N, D/4)
@@ -1018,14 +1000,13 @@ class ResNet(torchvision.models.ResNet):
     of stride 1 without pooling. A layer is one of the four stages, averaged over the image.
 
     What every backbone has: `embed_dim` and `layer_dims`, widths of its output and its layers;
-    `patch_size` and `patch_embed`, 1 and None if there are no patches; `forward(x, layers=False)`;
-    `has_tokens`. If that is true, `tokens(x, n)`: of the last n layers [CLS] (B, D) and patches
-    (B, h, w, D), normalised, and `block_outputs(x)`: of all layers (B, T, D), not normalised.
+    `patch_size`, 1 if there are no patches; `forward(x, layers=False)`; `has_tokens`. If that is
+    true, `tokens(x, n)`: of the last n layers [CLS] (B, D) and patches (B, h, w, D), normalised,
+    and `block_outputs(x)`: of all layers (B, T, D), not normalised.
     """
 
     has_tokens = False
     patch_size = 1
-    patch_embed = None
 
     def __init__(self, block: str, depths: list[int], img_size: int = 224):
         super().__init__(getattr(torchvision.models.resnet, block), depths, norm_layer=BatchNorm)
@@ -1074,15 +1055,12 @@ class TimmBackbone(nn.Module):
         self.mean = config["mean"]
         self.std = config["std"]
         self.img_size = config["input_size"][1]
+        patch_embed = getattr(self.model, "patch_embed", None)
+        self.patch_size = patch_embed.feat_ratio() if hasattr(patch_embed, "feat_ratio") else 1
         self.embed_dim = self.model.head_hidden_size
         self.layer_dims = [self.embed_dim] * len(getattr(self.model, "blocks", [None]))
         self.has_tokens = getattr(self.model, "cls_token", None) is not None
         self.has_tokens &= hasattr(self.model, "get_intermediate_layers")
-
-    @property
-    def patch_embed(self):
-        """The model's own, not a second name for it: state dicts would hold it twice."""
-        return getattr(self.model, "patch_embed", None)
 
     def resized(self, positions: Tensor, as_dino: bool) -> Tensor:
         """As timm resizes them: bicubically, antialiased."""
@@ -1091,11 +1069,6 @@ class TimmBackbone(nn.Module):
         grid = self.model.patch_embed.grid_size
         prefix = self.model.pos_embed.shape[1] - math.prod(grid)
         return resample_abs_pos_embed(positions.float(), grid, num_prefix_tokens=prefix)
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels of an image that become one row of patches."""
-        return self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else 1
 
     def forward(self, x: Tensor, layers: bool = False):
         if not layers:
@@ -1141,9 +1114,8 @@ def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16,
         raise InputError(f"unknown --arch {arch}: use one of {' '.join([*VITS, *RESNETS])} or "
                          f"timm/NAME")
     backbone = TimmBackbone(arch.removeprefix("timm/"), img_size, pretrained)
-    side = img_size or backbone.img_size
-    if side % backbone.patch_size:
-        raise InputError(f"images of {side} pixels are not a multiple of patch size "
+    if img_size and img_size % backbone.patch_size:
+        raise InputError(f"images of {img_size} pixels are not a multiple of patch size "
                          f"{backbone.patch_size} of {arch}")
     return backbone
 
@@ -1219,14 +1191,12 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x / world_size()
 
 
-def of_each_process(number: int, device) -> list[int]:
-    """A whole number of every process."""
-    return [number] if world_size() == 1 else gather(torch.tensor([number], device=device)).tolist()
-
-
-def number_of(text: str) -> int:
-    """A whole number that stands for a text."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+def of_each_process(value) -> list:
+    """A number or text of every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
@@ -1242,16 +1212,14 @@ class BatchNorm(nn.BatchNorm2d):
     across_processes = True
 
     def _check_input_dim(self, x):
-        if x.ndim < 2:
-            raise ValueError(f"expected (B, C, ...), got {tuple(x.shape)}")
+        pass  # any (B, C, ...)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1 or not self.across_processes:
             return super().forward(x)
-        y = to_fp32(x)
-        over = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        local = torch.stack(torch.var_mean(y, over, correction=0))  # (2, C)
+        y = to_fp32(x).movedim(1, -1)  # (B, ..., C)
+        rows = list(range(y.ndim - 1))
+        local = torch.stack(torch.var_mean(y, rows, correction=0))  # (2, C)
         variances, means = gather(local[None]).unbind(1)  # (processes, C) each
         mean = means.mean(0)  # (C,)
         # of all rows: the mean within the processes, and the variance between them
@@ -1261,10 +1229,10 @@ class BatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)  # unbiased, as torch's
-        y = (y - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        y = (y - mean) * (variance + self.eps).rsqrt()
         if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+            y = y * self.weight + self.bias
+        return y.movedim(-1, 1).to(x.dtype)  # (B, C, ...)
 
 
 def distributed(model: nn.Module) -> nn.Module:
@@ -1283,7 +1251,7 @@ def distributed(model: nn.Module) -> nn.Module:
 
 # -------------------------------------------------------------------------------------- weights
 
-PARTS = ("student", "teacher", "state_dict", "model")  # where a checkpoint may keep its weights
+PARTS = ("teacher", "student", "state_dict", "model")  # where a checkpoint may keep its weights
 PREFIXES = {  # of the keys, by network; None: of either
     None: ("module.", "backbone.", "model.", "net."),
     "student": ("base_encoder.", "student."),
@@ -1358,11 +1326,8 @@ def backbone_weights(content: dict, network: str | None = None) -> dict:
     if network and network not in content and {"student", "teacher"} & content.keys():
         raise InputError(f"the checkpoint has no {network}: pass --network with what it has")
     # the part of the file that holds the network
-    weights = content
-    for part in (network, "teacher", "student", "state_dict", "model"):
-        if isinstance(content.get(part), dict):
-            weights = content[part]
-            break
+    parts = [content.get(part) for part in (network, *PARTS)]
+    weights = next((part for part in parts if isinstance(part, dict)), content)
     # its keys, without what torch.compile puts into them and others before them
     weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
     prefixes = PREFIXES[None] + PREFIXES[network or "student"]
@@ -1474,26 +1439,24 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
         elif arch in RESNETS:
             options["img_size"] = img_size or 224
     backbone = create_backbone(**options, pretrained=not checkpoint)
+    source = "random weights, for want of --checkpoint"
     if checkpoint:
         # published numbers of other people's ViTs were measured with DINO's way of resizing
         backbone.positions_as_dino = not meta
         load_weights(backbone, weights, checkpoint)
-    meta["backbone"] = options
-    meta["img_size"] = img_size or options["img_size"] or backbone.img_size
+        source = f"{network or meta.get('network', 'weights')} of {checkpoint}"
+    elif arch.startswith("timm/"):
+        source = "timm's pretrained weights"
+    side = img_size or options["img_size"] or backbone.img_size
+    meta |= dict(backbone=options, img_size=side)
     if checkpoint and "mean" not in meta and arch in VITS:
         log(f"{checkpoint} does not say how its images were normalised; taken as ImageNet's. If it "
             f"was otherwise (timm's augreg: 0.5), give timm's name: --arch timm/NAME")
     meta.setdefault("mean", getattr(backbone, "mean", MEAN))
     meta.setdefault("std", getattr(backbone, "std", STD))
-    side = meta["img_size"]
     if side % backbone.patch_size:
         raise InputError(f"images of {side} x {side} are not a multiple of patch size "
                          f"{backbone.patch_size}: change --img_size")
-    source = "random weights, for want of --checkpoint"
-    if checkpoint:
-        source = f"{network or meta.get('network', 'weights')} of {checkpoint}"
-    elif options["arch"].startswith("timm/"):
-        source = "timm's pretrained weights"
     log(f"{options['arch']} of {side} pixels: {source}")
     return backbone.eval().requires_grad_(False), meta
 
@@ -1518,15 +1481,13 @@ def extract_features(backbone: nn.Module, data: ImageData, size: int, device, la
     batches = eval_batches(data, mine, size, device, batch_size, num_workers, mean, std)
     total = math.ceil(share / batch_size)
     collected = []
-    try:
-        for x in progress(batches, desc="features", total=total, leave=False, unit="batch"):
-            with autocast(device, dtype):
-                # what is compiled for training would be compiled again for these sizes
-                features = backbone.forward(x, layers=layers)
-            collected.append([f.float() for f in (features if layers else [features])])
-    finally:
-        for module, training in modes:
-            module.training = training
+    for x in progress(batches, desc="features", total=total, leave=False, unit="batch"):
+        with autocast(device, dtype):
+            # what is compiled for training would be compiled again for these sizes
+            features = backbone.forward(x, layers=layers)
+        collected.append([f.float() for f in (features if layers else [features])])
+    for module, training in modes:
+        module.training = training
     return [gather(torch.cat(parts))[: len(rows)].cpu() for parts in zip(*collected, strict=True)]
 
 
@@ -1537,9 +1498,6 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
                    chunk: int = 1024) -> Tensor:
     """Weighted k-NN of DINO and Wu et al.: (test images, C) sums of exp(cos / T) over the k nearest
     training rows. Both sides are normalised here; the result is the same for every chunk."""
-    if len(train_features) != len(train_labels):
-        raise InputError(f"{len(train_features)} training features but {len(train_labels)} "
-                         f"labels")
     num_classes = num_classes or int(train_labels.max()) + 1
     train = F.normalize(train_features, dim=1).T  # (D, n)
     scores = []
@@ -1553,10 +1511,8 @@ def knn_classifier(train_features: Tensor, train_labels: Tensor, test_features: 
 
 def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, device, k=20,
                  most=10_000, **options) -> float | None:
-    """Top-1 of k-NN in per cent, the monitor of training runs; None without labels on both sides.
-
-    On at most `most` images of either split, evenly spaced; eval_knn.py takes all of them.
-    """
+    """Top-1 of k-NN in per cent, the monitor of training runs, on at most `most` evenly spaced
+    images of either split (eval_knn.py takes all); None without labels on both sides."""
     if test is None or not (train.labelled and test.labelled):
         return None
     features, labels = [], []
@@ -1572,12 +1528,9 @@ def knn_accuracy(backbone, train: ImageData, test: ImageData | None, size: int, 
 @fp32
 @torch.no_grad()
 def collapse_measures(z: Tensor) -> tuple[Tensor, Tensor]:
-    """How far features (n, D) are from collapse: (std ratio, effective rank).
-
-    std ratio: mean standard deviation of the normalised features over 1 / sqrt(D): 1 for an even
-    spread on the sphere, 0 for one point. Effective rank (Roy & Vetterli): exp of the entropy of
-    the normalised spectrum; 1 for a line.
-    """
+    """How far features (n, D) are from collapse. Std ratio: mean standard deviation of the
+    normalised features over 1 / sqrt(D), 1 for an even spread on the sphere, 0 for one point.
+    Effective rank (Roy & Vetterli): exp of the entropy of the normalised spectrum, 1 for a line."""
     z = F.normalize(z, dim=1)
     ratio = z.std(0).mean() * z.shape[1] ** 0.5
     spectrum = torch.linalg.svdvals(z - z.mean(0))
@@ -1616,14 +1569,13 @@ def prepare_files(paths, overwrite: bool) -> None:
 
 
 class Run:
-    """Output folder, log and checkpoints of one training run.
+    """Output folder of one training run: checkpoint.pth, backbone.pth (bare weights), log.jsonl and
+    curves.png.
 
     meta: what a reader of the checkpoint must know; meta["network"] is the part whose backbone
     becomes backbone.pth. checks: {name: (function, every)}, values for the log, made before the
     first step, after each so many epochs (0: none) and at the end. parts: networks, optimizer and
     scaler by name; where the run is resumed, they are as they were from here on.
-
-    Writes checkpoint.pth, backbone.pth (bare weights), log.jsonl and curves.png.
     """
 
     in_step = False  # then a signal waits for the end of the step
@@ -1645,21 +1597,17 @@ class Run:
         self.total = args.epochs * loader.steps_per_epoch  # what schedules span
         self.stop = min(self.total, args.max_steps or self.total)  # where this command ends
         self.start = 0  # steps that are done
-        self.first_bad = None  # of each loss, the step at which it was not finite
+        # of each loss, the step at which it first was not finite
+        self.first_bad = torch.full((), math.inf, device=loader.device)
         self.folder = Path(args.output_dir)
         self.log_file = self.folder / "log.jsonl"
-        new_log = self.folder / "log.new.jsonl"  # of a run that replaces another, until it saves
         path = self.folder / "checkpoint.pth"
         self.lock_folder()
         # torchrun starts dead processes again with the same flags: then the run that it has begun
         # goes on; each machine counts the restarts that it asked for itself
-        restarts = 0
-        self.agents = []
-        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
-            restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-            restarts = max(of_each_process(restarts, loader.device))
-            agent = number_of(f"{socket.gethostname()} {os.getppid()}")
-            self.agents = of_each_process(agent, loader.device)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts = max(of_each_process(restarts))
+        self.agents = of_each_process(f"{socket.gethostname()} {os.getppid()}")
         if path.is_file():
             checkpoint = {}
             if args.resume or restarts > 0:
@@ -1668,19 +1616,18 @@ class Run:
             if args.resume or begun:
                 self.resume(checkpoint, path)
             elif args.overwrite:
-                self.log_file = new_log
+                self.log_file = self.folder / "log.new.jsonl"  # until the new run saves
             else:
                 raise InputError(f"{self.folder} already holds a run: pass --resume, --overwrite "
                                  f"or another --output_dir")
         elif not (args.resume or restarts):
             prepare_files([self.folder / "backbone.pth"], args.overwrite)
         # all have looked before one writes
-        seen = of_each_process(number_of(f"{self.start} {self.data}"), loader.device)
+        seen = of_each_process(f"{self.start} {self.data}")
         if min(seen) < max(seen):
             raise InputError(f"the processes do not see the same images, or not the same "
                              f"checkpoint in {self.folder}: all machines need the same files")
         if rank() == 0:
-            new_log.unlink(missing_ok=True)
             # a run that was killed has logged steps that its checkpoint does not know
             records = [record for record in self.records() if record["step"] <= self.start]
             lines = [json.dumps(record) + "\n" for record in records if self.start > 0]
@@ -1691,20 +1638,19 @@ class Run:
     def lock_folder(self) -> None:
         """Refuses a folder in which another process trains; the lock dies with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # Windows
+        if rank() > 0 or os.name == "nt":  # Windows has no fcntl
             return
-        if rank() == 0:
-            self.lock = open(self.folder / ".lock", "w")
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process trains in {self.folder}: pass another "
-                                 f"--output_dir") from None
-            except OSError:
-                log(f"{self.folder} is on a file system without locks: a second run in it would "
-                    f"not be noticed")
+        import fcntl
+
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process trains in {self.folder}: pass another "
+                             f"--output_dir") from None
+        except OSError:
+            log(f"{self.folder} is on a file system without locks: a second run in it would not "
+                f"be noticed")
 
     def resume(self, checkpoint: dict, path: Path) -> None:
         """Puts every part and the step back; refuses other settings, other data, other parts."""
@@ -1731,9 +1677,8 @@ class Run:
     def records(self) -> list[dict]:
         """The log, up to the first line that a crash left unreadable."""
         records = []
-        text = self.log_file.read_text(errors="replace") if self.log_file.is_file() else ""
-        with contextlib.suppress(ValueError):
-            for line in text.splitlines():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in self.log_file.read_text(errors="replace").splitlines():
                 records.append(json.loads(line))
         return records
 
@@ -1748,21 +1693,15 @@ class Run:
         one that ended in a check or before it."""
         if self.start >= self.stop:
             log(f"{self.folder} is already at step {self.start}: nothing is left to do")
-            weights = self.folder / "backbone.pth"
-            saved = (self.folder / "checkpoint.pth").stat().st_mtime
-            if not weights.is_file() or weights.stat().st_mtime < saved:
-                self.save(self.start)  # it died between the two files
         due = self.due(self.start)
-        if self.start > 0:
-            for record in self.records():
-                if record["step"] == self.start:
-                    due = [name for name in due if name not in record]
+        for record in self.records():
+            if record["step"] == self.start:
+                due = [name for name in due if name not in record]
         self.check(self.start, due)
         if rank() == 0 and self.start > 0 and due:
             self.draw_curves()
         self.clock = time.perf_counter()
         self.clock_step = self.start
-        self.clock_waited = 0.0
         signals.clear()
         # from here on a signal waits for the end of its step
         with progress(total=self.stop, initial=self.start, unit="step") as self.bar:
@@ -1781,7 +1720,11 @@ class Run:
         losses: scalars, the total last, so that a bad term is named. features (B, D): watched for
         collapse. values: other scalars for the log.
         """
-        self.watch(step, losses)
+        # when each term first was not finite, noted on the device without waiting for it
+        terms = torch.stack([loss.detach() for loss in losses.values()])  # (terms,)
+        bad = torch.where(terms.isfinite(), torch.inf, float(step + 1))
+        self.first_bad = self.first_bad.minimum(bad)
+        self.terms = list(losses)
         self.bar.update()
         step += 1  # the steps that are done
         last = step == self.stop
@@ -1792,14 +1735,14 @@ class Run:
         stopping = len(signals) > 0
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
             stopping = logging and self.signalled()
-        # checks and saving, whose time is not that of the steps
-        paused = time.perf_counter()
-        saving = last or self.ends_epoch(step, self.args.save_every)
+        saving = last or stopping or self.ends_epoch(step, self.args.save_every)
         due = self.due(step)
-        if saving or stopping or due:
-            self.refuse_bad_weights(step)
-            self.share_buffers()
-        if saving or stopping:
+        if not (saving or due):
+            return
+        # saving and checks, whose time is not that of the steps
+        paused = time.perf_counter()
+        self.prepare_weights(step)
+        if saving:
             self.save(step)
         try:
             # a signal ends a check at once, but not the run: what is trained is still saved
@@ -1819,7 +1762,7 @@ class Run:
 
     def signalled(self) -> bool:
         """Whether any process has had a signal."""
-        return max(of_each_process(len(signals), self.loader.device)) > 0
+        return max(of_each_process(len(signals))) > 0
 
     def leave(self, step: int) -> None:
         """Ends the command after a signal."""
@@ -1846,45 +1789,30 @@ class Run:
                 log(f"step {step} (epoch {epoch:.1f}): {self.SHOWN[name].format(value)}")
                 self.record(step, **{name: value})
 
-    def watch(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Notes on the device, without waiting for it, when each term first was not finite."""
-        values = torch.stack([loss.detach() for loss in losses.values()])  # (terms,)
-        bad = torch.where(values.isfinite(), torch.inf, float(step + 1))
-        self.first_bad = bad if self.first_bad is None else self.first_bad.minimum(bad)
-        self.terms = list(losses)
-
     def refuse_bad_losses(self) -> None:
         """Stops the run at the earliest term that any process has seen go wrong."""
-        first_bad = self.first_bad.clone()
-        if world_size() > 1:
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-        step, term = first_bad.min(0)
+        step, term = gather(self.first_bad[None]).amin(0).min(0)
         if step.isfinite():
             self.give_up(f"{self.terms[int(term)]} was not finite at step {int(step)}")
 
-    def refuse_bad_weights(self, step: int) -> None:
-        """Before anything is saved: a step can spoil weights although its losses were finite."""
+    def prepare_weights(self, step: int) -> None:
+        """Before weights are saved or measured: a step can spoil them although its losses were
+        finite, and BatchNorm over each process's own images has other running statistics in each,
+        where those of the first process are to count."""
         self.refuse_bad_losses()
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 finite = [value.isfinite().all() for value in part.state_dict().values()]
                 if not torch.stack(finite).all():
                     self.give_up(f"weights of the {name} are not finite after step {step}")
-
-    def share_buffers(self) -> None:
-        """To all processes what the first one saves: BatchNorm over each process's own images has
-        running statistics of its own in each."""
-        for part in self.parts.values():
-            if world_size() > 1 and isinstance(part, nn.Module):
                 for buffer in part.buffers():
-                    dist.broadcast(buffer, 0)
+                    if world_size() > 1:
+                        dist.broadcast(buffer, 0)
 
     def give_up(self, reason: str) -> None:
         """Ends the run with exit code 1; nothing more is saved."""
         self.bar.close()
-        path = self.folder / "checkpoint.pth"
-        state = f"{path} is as it was" if path.is_file() else "nothing has been saved"
-        log(f"stopped: {reason}; {state}. Lower --lr, or raise --warmup_epochs.")
+        log(f"stopped: {reason}; nothing more is saved. Lower --lr, or raise --warmup_epochs.")
         sys.exit(1)
 
     def log_step(self, step: int, values: dict, features: Tensor | None) -> None:
@@ -1908,12 +1836,12 @@ class Run:
         now = time.perf_counter()
         elapsed = max(now - self.clock, 1e-9)
         speed = (step - self.clock_step) * self.args.batch_size / elapsed
-        waited = (self.loader.waited - self.clock_waited) / elapsed
+        waited = self.loader.waited / elapsed
         epoch = step / self.steps_per_epoch
         self.record(step, epoch=epoch, **values, images_per_s=speed, data_wait=waited)
         self.clock = now
         self.clock_step = step
-        self.clock_waited = self.loader.waited
+        self.loader.waited = 0.0
         self.bar.set_postfix_str(f"loss {values['loss']:.3f} lr {values['lr']:.1e} "
                                  f"{speed:.0f} img/s", refresh=False)
 
@@ -1924,7 +1852,11 @@ class Run:
             return
         # plain containers and tensors, so that it loads with weights_only=True
         content = {name: part.state_dict() for name, part in self.parts.items()}
-        weights = content.get(self.meta.get("network"))
+        network = self.meta.get("network")
+        if network:  # before the checkpoint: a run that dies between the two makes both again
+            weights = backbone_weights({"model": content[network]})
+            weights.pop("mask_token", None)
+            save_file(weights, self.folder / "backbone.pth")
         content |= {"step": step, "args": self.settings, "meta": self.meta, "data": self.data,
                     "agents": self.agents}
         save_file(content, self.folder / "checkpoint.pth")
@@ -1933,10 +1865,6 @@ class Run:
             self.log_file = self.log_file.replace(self.folder / "log.jsonl")
             for name in ("curves.png", "maps.png", "multi_exit.png", "results.json"):
                 (self.folder / name).unlink(missing_ok=True)
-        if weights:
-            weights = backbone_weights({"model": weights})
-            weights = {key: value for key, value in weights.items() if key != "mask_token"}
-            save_file(weights, self.folder / "backbone.pth")
 
     def draw_curves(self) -> None:
         """One panel for each logged value over the steps."""
@@ -1976,14 +1904,13 @@ def at_least(least, at_most=math.inf):
     """For argparse: finite numbers in these limits, whole ones where `least` is an int."""
 
     def number(text: str):
-        """Named as the type below, for argparse's own message."""
         value = type(least)(text)
         if not least <= value <= at_most or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}"
-                                             + f" and at most {at_most}" * (at_most < math.inf))
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least} and at "
+                                             f"most {at_most}")
         return value
 
-    number.__name__ = type(least).__name__
+    number.__name__ = type(least).__name__  # in argparse's own message
     return number
 
 

@@ -129,17 +129,13 @@ class Contextualized(nn.Module):
         return contextualized_target(hidden_states)
 
 
-class ImageLoss(nn.Module):
-    """Eq. 6 of each image, in the place of a feature: images -> (B, 1)."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module):
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
+class ImageLoss(nn.ModuleList):
+    """[student, teacher]: Eq. 6 of each image, in the place of a feature: images -> (B, 1)."""
 
     def forward(self, x: Tensor, layers: bool = False) -> Tensor:
+        student, teacher = self
         # `forward`: as in `extract_features`
-        errors = (self.student.forward(x) - self.teacher.forward(x)).square()  # (B, T, D)
+        errors = (student.forward(x) - teacher.forward(x)).square()  # (B, T, D)
         return errors.mean((1, 2))[:, None]  # (B, 1)
 
 
@@ -274,11 +270,15 @@ def train(args) -> None:
                             dtype=args.dtype, **options)
 
     def validate():
-        losses, = extract_features(ImageLoss(student, teacher), test_data, args.img_size, device,
+        losses, = extract_features(ImageLoss([student, teacher]), test_data, args.img_size, device,
                                    dtype=args.dtype, **options)  # (n, 1)
         return losses.mean().item()
 
-    checks = {"loss_val": (validate, 1), "knn": (knn, args.knn_every)}
+    checks = {
+        "knn_teacher": (lambda: knn(teacher), 0),
+        "loss_val": (validate, 1),
+        "knn": (knn, args.knn_every),
+    }
     run = Run(args, loader, meta, checks, student=student, optimizer=optimizer, scaler=scaler)
 
     # schedule, a value for each step
@@ -287,10 +287,6 @@ def train(args) -> None:
     warmup = int(args.warmup_epochs * run.steps_per_epoch)
     lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     log(f"{run.total} steps of {M} images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}")
-    if run.start == 0:
-        accuracy = knn(teacher)
-        if accuracy is not None:  # labels on both sides
-            log(f"teacher: k-NN top-1 {accuracy:.1f} %")
 
     for step, (x,), _ in run.steps():  # one view (B, 3, H, W)
         # schedules
@@ -479,5 +475,4 @@ def load_blocks(backbone: nn.Module, weights: dict, which: str, source: str) -> 
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    launch(lambda: train(arguments))
+    launch(lambda: train(parse_arguments()))

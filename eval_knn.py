@@ -68,9 +68,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from common import (CORES, DATASETS, InputError, Parser, add_checkpoint_arguments, at_least,
                     autocast, check_data, extract_features, find_images, fp32, knn_classifier,
-                    launch, leave_process_group, load_backbone, load_data, log,
-                    mean_over_processes, one_line, path_name, prepare_files, progress, rank,
-                    read_image, replacing, save_figure, save_file, setup, subplots, world_size)
+                    launch, load_backbone, load_data, log, mean_over_processes, one_line,
+                    outlive_signals, path_name, prepare_files, progress, rank, read_image,
+                    replacing, save_figure, save_file, setup, subplots, world_size)
 
 TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
     "knn": dict(img_size=None, batch_size=256, k=[10, 20, 100, 200], temperature=0.07,
@@ -79,6 +79,12 @@ TASKS = {  # their settings, DINO's by default; flags of other tasks are refused
                       distractors=None),
     "copy": dict(img_size=320, batch_size=16, scales=[1.0], whitening=None, distractors=None),
     "video": dict(img_size=480, k=[5], temperature=0.1, context=7, neighbourhood=12, split="val"),
+}
+METRICS = {  # the first is the one that is drawn and compared
+    "knn": ["top-1", "top-5"],
+    "retrieval": ["mAP", "mP@1", "mP@5", "mP@10"],
+    "copy": ["mAP", "mP@1", "mP@5", "mP@10"],
+    "video": ["J&F", "J", "F"],
 }
 
 # ------------------------------------------------------------------------------------------ k-NN
@@ -144,7 +150,12 @@ def split_features(data, backbone, meta: dict, device, args) -> dict:
     if args.layers == "last":
         features = features[0]
     paths = data.paths or torch.arange(len(data))
-    return {"features": features, "labels": data.labels, "paths": paths, "classes": data.classes}
+    return {
+        "features": features,
+        "labels": data.labels,
+        "paths": paths,
+        "classes": data.classes,
+    }
 
 
 def top1_top5(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int,
@@ -182,14 +193,10 @@ def read_photographs(files: list, task: str, size: int, patch: int) -> list[Tens
         sides = [round(scale * length) for length in image.shape[1:]]
         if task == "copy":
             sides = [size, size]
-        sides = [whole_patches(length, patch) for length in sides]
+        # whole patches, one at least
+        sides = [max(length // patch, 1) * patch for length in sides]
         images.append(tv.resize(image, sides, tv.InterpolationMode.BICUBIC, antialias=True))
     return images
-
-
-def whole_patches(length: int, patch: int) -> int:
-    """A side in pixels, rounded down to patches; one at least."""
-    return max(length // patch, 1) * patch
 
 
 def layers_of(backbone, args) -> int:
@@ -197,18 +204,21 @@ def layers_of(backbone, args) -> int:
     return len(backbone.layer_dims) if args.layers == "all" else 1
 
 
-def photographs(files: list, batches: list, backbone, args) -> DataLoader:
-    """Lists of images of the size that the task wants."""
+def photographs(files: list, rows: range, batch_size: int, backbone, meta: dict, device, args):
+    """Yields the files of these rows as (rows, normalised images (B, 3, H, W)) of one size each."""
     read = functools.partial(read_photographs, task=args.task, size=args.img_size,
                              patch=backbone.patch_size)
-    return DataLoader(files, batch_sampler=batches, num_workers=args.num_workers, collate_fn=read,
-                      worker_init_fn=leave_process_group)
-
-
-def normalised(images: list, meta: dict, device) -> Tensor:
-    """uint8 images of one size -> what the backbone takes, (B, 3, H, W)."""
-    x = torch.stack(images).to(device).float() / 255  # (B, 3, H, W)
-    return tv.normalize(x, meta["mean"], meta["std"])
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    loader = DataLoader(files, batch_sampler=batches, num_workers=args.num_workers,
+                        collate_fn=read, worker_init_fn=outlive_signals)
+    with progress(total=len(rows), desc=args.task, unit="img", leave=False) as bar:
+        for batch, images in zip(batches, loader, strict=True):
+            for shape in {image.shape for image in images}:  # those of one size go together
+                places = [i for i, image in zip(batch, images, strict=True) if image.shape == shape]
+                alike = [image for image in images if image.shape == shape]
+                x = torch.stack(alike).to(device).float() / 255  # (B, 3, H, W)
+                yield places, tv.normalize(x, meta["mean"], meta["std"])
+            bar.update(len(images))
 
 
 def gem(patches: Tensor, p: float = 4.0, eps: float = 1e-6) -> Tensor:
@@ -219,9 +229,10 @@ def gem(patches: Tensor, p: float = 4.0, eps: float = 1e-6) -> Tensor:
 def describe(backbone, x: Tensor, args) -> list[Tensor]:
     """Images (B, 3, H, W) -> features (B, D), of copies (B, 2 * D), of all layers or the last,
     averaged over the scales."""
+    patch = backbone.patch_size
     of_scales = []
     for scale in args.scales:
-        size = [whole_patches(int(scale * side), backbone.patch_size) for side in x.shape[2:]]
+        size = [max(int(scale * side) // patch, 1) * patch for side in x.shape[2:]]
         y = F.interpolate(x, size, mode="bilinear")
         with autocast(x.device, args.dtype):
             if args.task == "copy":
@@ -235,24 +246,16 @@ def describe(backbone, x: Tensor, args) -> list[Tensor]:
     return [torch.stack(scales).float().mean(0) for scales in zip(*of_scales, strict=True)]
 
 
-def descriptors(backbone, files: list, name: str, meta: dict, device, args) -> list[Tensor]:
+def descriptors(backbone, files: list, meta: dict, device, args) -> list[Tensor]:
     """`describe` of n files: (n, D) of each layer, on the CPU. The processes share the work."""
-    mine = range(rank(), len(files), world_size())
-    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    loader = photographs(files, batches, backbone, args)
     widths = backbone.layer_dims[-layers_of(backbone, args) :]
     if args.task == "copy":
         widths = [2 * D for D in widths]
     layers = [torch.zeros(len(files), D) for D in widths]  # L of (n, D)
-    with progress(total=len(mine), desc=name, unit="img", leave=False) as bar:
-        for rows, images in zip(batches, loader, strict=True):
-            for shape in {image.shape for image in images}:  # those of one size go together
-                places = [i for i, image in zip(rows, images, strict=True) if image.shape == shape]
-                alike = [image for image in images if image.shape == shape]
-                x = normalised(alike, meta, device)  # (B, 3, H, W)
-                for layer, features in zip(layers, describe(backbone, x, args), strict=True):
-                    layer[places] = features.cpu()
-            bar.update(len(images))
+    mine = range(rank(), len(files), world_size())
+    for rows, x in photographs(files, mine, args.batch_size, backbone, meta, device, args):
+        for layer, features in zip(layers, describe(backbone, x, args), strict=True):
+            layer[rows] = features.cpu()
     # the rows of other processes are 0 here
     sums = [mean_over_processes(layer.to(device)) * world_size() for layer in layers]
     return [layer.cpu() for layer in sums]
@@ -275,11 +278,9 @@ def search(data: str, backbone, meta: dict, device, args) -> list[dict]:
         f"distractors; {learnt}")
 
     # descriptors: of each part, L of (n, D)
-    parts = {"queries": queries,
-             "database": [(path, None) for path in database + distractors],
-             "whitening": [(path, None) for path in others]}
-    described = [descriptors(backbone, files, name, meta, device, args)
-                 for name, files in parts.items()]
+    parts = [queries, [(path, None) for path in database + distractors],
+             [(path, None) for path in others]]
+    described = [descriptors(backbone, files, meta, device, args) for files in parts]
 
     # each query ranks the database by cosine
     rows = []
@@ -290,16 +291,15 @@ def search(data: str, backbone, meta: dict, device, args) -> list[dict]:
             bank = (bank - mean) @ matrix
         asked = F.normalize(asked.to(device), dim=1)
         bank = F.normalize(bank.to(device), dim=1)
-        scores = {name: [] for name in truths[0]}
+        scores = {}
         for query, truth in zip(asked, truths, strict=True):
             for name, (positives, junk) in truth.items():
                 if positives:  # a query without any does not count
-                    scores[name].append(judge(bank @ query, positives, junk))
+                    scores.setdefault(name, []).append(judge(bank @ query, positives, junk))
         for name, values in scores.items():
-            if values:
-                means = (100 * np.mean(values, 0)).tolist()
-                metrics = dict(zip(("mAP", "mP@1", "mP@5", "mP@10"), means, strict=True))
-                rows.append({"layer": layer, "setup": name, **metrics})
+            means = (100 * np.mean(values, 0)).tolist()
+            metrics = dict(zip(METRICS[args.task], means, strict=True))
+            rows.append({"layer": layer, "setup": name, **metrics})
     return rows
 
 
@@ -342,35 +342,32 @@ def video(data: str, backbone, meta: dict, device, args) -> list[dict]:
     sequences = read_davis(Path(data), args.split)
     mine = sequences[rank() :: world_size()]
     files = [(frame, None) for _, frames, _ in mine for frame in frames]
-    single = [[i] for i in range(len(files))]
-    images = iter(photographs(files, single, backbone, args))
+    images = photographs(files, range(len(files)), 1, backbone, meta, device, args)
     totals = torch.zeros(layers_of(backbone, args), 3)  # sums of J and F; objects
     log(f"{data}: {len(sequences)} sequences of {args.split}, "
         f"{sum(len(frames) for _, frames, _ in sequences)} frames")
-    with progress(total=len(files), desc="video", unit="frame", leave=False) as bar:
-        for name, frames, masks in mine:
-            scores = []
-            for i, (frame, path) in enumerate(zip(frames, masks, strict=True)):
-                true = read_mask(path, frame)  # (H, W)
-                x = normalised(next(images), meta, device)  # (1, 3, S, S')
-                with autocast(device, args.dtype):
-                    tokens = backbone.tokens(x, layers_of(backbone, args))
-                layers = [patches[0].float() for _, patches in tokens]  # L of (h, w, D)
-                # the first frame has its labels; the others get them from those before
-                if i == 0:
-                    objects, labels = first_labels(true, layers[0].shape[:2], path)
-                    memories = [[(features, labels.to(device))] for features in layers]
-                    predicted = [true]
-                else:
-                    pairs = zip(memories, layers, strict=True)
-                    soft = [carry(memory, features, args) for memory, features in pairs]
-                    predicted = [hard_labels(labels, true.shape) for labels in soft]
-                if 0 < i < len(frames) - 1:  # DAVIS does not count the others
-                    scores.append([score(mask, true, objects) for mask in predicted])
-                write_masks(Path(args.output_dir), name, frame, predicted[-1])
-                bar.update()
-            sums = torch.tensor(scores).mean(0).sum(1)  # (frames, L, objects, 2) -> (L, 2)
-            totals += F.pad(sums, (0, 1), value=objects)  # (L, 3)
+    for name, frames, masks in mine:
+        scores = []
+        for i, (frame, path) in enumerate(zip(frames, masks, strict=True)):
+            true = read_mask(path, frame)  # (H, W)
+            _, x = next(images)  # (1, 3, S, S')
+            with autocast(device, args.dtype):
+                tokens = backbone.tokens(x, layers_of(backbone, args))
+            layers = [patches[0].float() for _, patches in tokens]  # L of (h, w, D)
+            # the first frame has its labels; the others get them from those before
+            if i == 0:
+                objects, labels = first_labels(true, layers[0].shape[:2], path)
+                memories = [[(features, labels.to(device))] for features in layers]
+                predicted = [true]
+            else:
+                pairs = zip(memories, layers, strict=True)
+                soft = [carry(memory, features, args) for memory, features in pairs]
+                predicted = [hard_labels(labels, true.shape) for labels in soft]
+            if 0 < i < len(frames) - 1:  # DAVIS does not count the others
+                scores.append([score(mask, true, objects) for mask in predicted])
+            write_masks(Path(args.output_dir), name, frame, predicted[-1])
+        sums = torch.tensor(scores).mean(0).sum(1)  # (frames, L, objects, 2) -> (L, 2)
+        totals += F.pad(sums, (0, 1), value=objects)  # (L, 3)
 
     # means over the objects of all sequences
     totals = mean_over_processes(totals.to(device)) * world_size()
@@ -474,14 +471,8 @@ def contour_accuracy(predicted: np.ndarray, true: np.ndarray, tolerance: float =
 # -------------------------------------------------------------------------------------- results
 
 
-def metrics_of(row: dict) -> list[str]:
-    """Names of the numbers in it."""
-    return [name for name, value in row.items() if isinstance(value, float)]
-
-
-def print_rows(rows: list[dict]) -> None:
-    """A line for each layer and setup of one data set."""
-    names = metrics_of(rows[0])
+def print_rows(rows: list[dict], names: list[str]) -> None:
+    """A line for each layer and setup of one data set; names: of the metrics."""
     column = "k" if "top-1" in names else "setup"
     log(f"{'layer':>6} {column:>6} " + " ".join(f"{name + ' %':>8}" for name in names))
     for row in rows:
@@ -492,12 +483,11 @@ def print_rows(rows: list[dict]) -> None:
         log(f"best: layer {best['layer']}, {best['setup']}, {names[0]} {best[names[0]]:.2f} %")
 
 
-def print_side_by_side(tables: dict[str, list[dict]]) -> None:
-    """The first metric of several data sets, a column each; nan without such a row."""
+def print_side_by_side(tables: dict[str, list[dict]], metric: str) -> None:
+    """A metric of several data sets, a column each; nan without such a row."""
     lines = {}
     for place, rows in enumerate(tables.values()):
         for row in rows:
-            metric = metrics_of(row)[0]
             values = lines.setdefault((row["layer"], row["setup"]), [math.nan] * len(tables))
             values[place] = row[metric]
     names = [Path(data).name or data for data in tables]
@@ -517,7 +507,7 @@ def save_results(rows: list[dict], args) -> None:
     log(f"wrote {folder / 'results.json'}")
     if args.layers == "last":
         return
-    metric = metrics_of(rows[0])[0]
+    metric = METRICS[args.task][0]
     curves = {}
     for other in [folder, *map(Path, args.compare or ())]:
         for row in json.loads((other / "results.json").read_text())["rows"]:
@@ -635,12 +625,11 @@ def main() -> None:
             rows = [{**row, "layer": "last"} for row in rows]
         tables[data] = [{"data": data, **row} for row in rows]
         if rows:
-            print_rows(rows)
-        rows = sum(tables.values(), [])
-        if args.output_dir and rows and rank() == 0:
-            save_results(rows, args)
+            print_rows(rows, METRICS[args.task])
+        if rows and args.output_dir and rank() == 0:
+            save_results(sum(tables.values(), []), args)
     if len(tables) > 1:
-        print_side_by_side(tables)
+        print_side_by_side(tables, METRICS[args.task][0])
 
 
 # ---------------------------------------------------------------------- files of the benchmarks

@@ -109,27 +109,18 @@ VECTORS = dict(cls=1, mean=1, both=2)  # of a pooled feature
 
 def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> list[Tensor]:
     """Images (B, 3, S, S) -> features of all layers, or of the last one alone: a list of (B, D_l),
-    each after the final norm.
-
-    pool: [CLS] (of timm's models their own output), the mean of the patch tokens, or both side by
-    side. ResNets have neither: a stage is averaged.
-    """
+    each after the final norm."""
+    # [CLS]: of timm's models their own output; ResNets have no tokens, a stage is averaged
     if pool == "cls" or not backbone.has_tokens:
         return backbone(x, layers=True) if layers else [backbone(x)]
-    features = []
-    for cls, patches in backbone.tokens(x, len(backbone.layer_dims) if layers else 1):
-        mean = patches.mean((1, 2))  # (B, h, w, D) -> (B, D)
-        if pool == "both":
-            mean = torch.cat([cls, mean], 1)  # (B, 2 * D)
-        features.append(mean)
-    return features
+    tokens = backbone.tokens(x, len(backbone.layer_dims) if layers else 1)
+    if pool == "mean":
+        return [patches.mean((1, 2)) for _, patches in tokens]  # (B, h, w, D) -> (B, D)
+    return [torch.cat([cls, patches.mean((1, 2))], 1) for cls, patches in tokens]  # (B, 2 * D)
 
 
 class FrozenLayers(nn.Module):
-    """Images (B, 3, S, S) -> `pooled_layers` (B, L, D) of a backbone that stays as it is.
-
-    Narrower layers (a ResNet's lower stages) end in zeros, which add nothing to a probe.
-    """
+    """Images (B, 3, S, S) -> `pooled_layers` (B, L, D) of a backbone that stays as it is."""
 
     def __init__(self, backbone: nn.Module, pool: str, layers: bool):
         super().__init__()
@@ -141,6 +132,7 @@ class FrozenLayers(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, layers: bool = False) -> Tensor:
         features = pooled_layers(self.backbone, x, self.pool, self.all_layers)
+        # narrower layers (a ResNet's lower stages) end in zeros, which add nothing to a probe
         return torch.stack([F.pad(f, (0, self.width - f.shape[1])) for f in features], 1)
 
 
@@ -198,21 +190,16 @@ class Classifier(nn.Module):
             layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
         else:
             layers = auto_group_layers(model)
-
-        def layer(name: str) -> float:
-            name = name.removeprefix("backbone.model.")
-            if name.startswith(("norm.", "fc_norm.")):  # timm's are of its last block
-                return math.inf
-            return layers.get(name, math.inf)
-
-        return layer
+        # without the norms, which timm counts to its last block
+        layers = {f"backbone.model.{name}": layer for name, layer in layers.items()
+                  if not name.startswith(("norm.", "fc_norm."))}
+        return lambda name: layers.get(name, math.inf)
 
 
 def layer_decay_groups(model: Classifier, weight_decay: float, decay: float) -> list[dict]:
     """Parameters that learn, by layer, with `lr_scale` d^(L+1-l) (Eq. 7); biases, norms, tokens
     and positions do not decay."""
-    tokens = [name for name, _ in model.named_parameters()
-              if name.endswith(("cls_token", "pos_embed", "reg_token"))]
+    tokens = ["*cls_token", "*pos_embed", "*reg_token"]
     timm_model = getattr(model.backbone, "model", None)
     if hasattr(timm_model, "no_weight_decay"):
         tokens += [f"backbone.model.{name}" for name in timm_model.no_weight_decay()]
@@ -234,17 +221,10 @@ def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 # ------------------------------------------------------------------ data, timm's augmentations
 
 
-class IndexLoader(ViewLoader):
-    """A ViewLoader that says which images a step has and makes no views of them."""
-
-    def steps(self, start: int, stop: int):
-        for step in range(start, stop):
-            yield step, [], self.index(step)
 
 
 def seed_globals(*key: int) -> None:
-    """timm draws from the generators of Python, NumPy and PyTorch: what comes next from these
-    depends on `key` alone."""
+    """Makes what timm draws next, from Python, NumPy and PyTorch, a function of `key` alone."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -291,11 +271,8 @@ def erase(x: Tensor, erasing: RandomErasing, seed: int, step: int) -> Tensor:
 
 
 def mix(x: Tensor, labels: Tensor, mixup: Mixup, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """timm's Mixup or CutMix -> this process's images (B, 3, S, S) and soft targets (B, C).
-
-    It pairs the first image with the last, and so on, so the images of all processes are brought
-    together for it.
-    """
+    """timm's Mixup or CutMix -> this process's images (B, 3, S, S) and soft targets (B, C). It
+    pairs the first image of the global batch with the last, and so on."""
     x = gather(x)  # (M, 3, S, S)
     labels = gather(labels)  # (M,)
     seed_globals(seed, step, 1004)
@@ -495,7 +472,6 @@ def choose_and_test(run: Run, network: nn.Module, held: ImageData, test: ImageDa
             f"been looked at")
         return []
     network.eval()
-    grid = None
     if held:
         val, _, loss = evaluate(run, network, held, "held-out")  # (L, R) each
         grid = val.tolist()
@@ -504,27 +480,24 @@ def choose_and_test(run: Run, network: nn.Module, held: ImageData, test: ImageDa
             log("a chosen learning rate is at the edge of the grid: a wider --lr may do better")
     top1, top5, _ = evaluate(run, network, test, "test").tolist()  # L of R each
     if not held:  # there is one rate
+        grid = [[None]] * len(top1)
         choice = [0] * len(top1)
-    rows = []
-    for l, r in enumerate(choice):
-        row = dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r], val_top1=None,
-                   test_top1=top1[l][r], test_top5=top5[l][r])
-        if held:
-            row["val_top1"] = grid[l][r]
-        rows.append(row)
     # the table, printed and as a file
     log(f"{'layer':>6} {'lr':>8} {'val top-1 %':>12} {'test top-1 %':>13} {'test top-5 %':>13}")
-    for row in rows:
-        val = f"{row['val_top1']:.2f}" if held else "-"
-        log(f"{row['layer']:>6} {row['lr']:>8g} {val:>12} {row['test_top1']:13.2f} "
+    rows = []
+    for l, r in enumerate(choice):
+        row = dict(layer=l + 1 if args.layers == "all" else "last", lr=args.lr[r],
+                   val_top1=grid[l][r], test_top1=top1[l][r], test_top5=top5[l][r])
+        rows.append(row)
+        shown = f"{row['val_top1']:.2f}" if held else "-"
+        log(f"{row['layer']:>6} {row['lr']:>8g} {shown:>12} {row['test_top1']:13.2f} "
             f"{row['test_top5']:13.2f}")
     if rank() == 0:
         results = {"rows": rows, "val_top1_of_layers_and_rates": grid, "args": vars(args)}
         with replacing(run.folder / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
         if len(rows) > 1:
-            curve = [row["test_top1"] for row in rows]
-            draw_multi_exit({run.folder.name: [curve]}, run.folder / "multi_exit.png")
+            compare([run.folder], run.folder)
     return rows
 
 
@@ -602,11 +575,11 @@ def evaluate_on(args, data: ImageData, test: ImageData | None) -> list[dict]:
     for value in backbone.state_dict().values():
         digest.update(value.contiguous().numpy())
     args.weights = digest.hexdigest()[:16]  # a run that is resumed must have the same
-    arch = meta["backbone"]["arch"]
-    if args.pool in ("cls", "both") and not backbone.has_tokens:
-        raise InputError(f"{arch} has no tokens, its stages are averaged: leave --pool out")
     if args.pool is None:
         args.pool = "mean" if args.finetune else "cls"
+    elif args.pool != "mean" and not backbone.has_tokens:
+        raise InputError(f"{meta['backbone']['arch']} has no tokens, its stages are averaged: "
+                         f"leave --pool out")
 
     # the images, all with labels
     if test is None or not (data.labelled and test.labelled):
@@ -633,11 +606,12 @@ def evaluate_on(args, data: ImageData, test: ImageData | None) -> list[dict]:
                          f"images: make it even")
     log(f"{len(held)} images held out, {len(test)} test images")
 
-    settings = (data, [View(meta["img_size"], **args.views)], args.batch_size, args.seed, device,
-                args.num_workers, meta["mean"], meta["std"])
+    views = [View(meta["img_size"], **args.views)]
     if args.cached:
-        loader = IndexLoader(*settings)
-    elif args.randaugment in (None, "none"):
+        views = []  # the steps say which images they have, and make nothing of them
+    settings = (data, views, args.batch_size, args.seed, device, args.num_workers, meta["mean"],
+                meta["std"])
+    if args.randaugment in (None, "none"):
         loader = ViewLoader(*settings)
     else:
         loader = RandAugmentLoader(*settings, config=args.randaugment)
@@ -652,7 +626,7 @@ def main() -> None:
     args = parse_arguments()
     if args.compare:
         prepare_files([Path(args.output_dir) / "multi_exit.png"], args.overwrite)
-        compare(args.compare, Path(args.output_dir))
+        log("\n".join(compare(args.compare, Path(args.output_dir))))
         return
     names = {data: Path(data).name or data for data in args.data}
     if len(set(names.values())) < len(args.data):
@@ -678,13 +652,30 @@ def main() -> None:
 # --------------------------------------------------------------------------- multi-exit curves
 
 
-def draw_multi_exit(runs: dict[str, list], path: Path) -> list[str]:
-    """Draws test top-1 over the layers: for each name the mean of its runs, L values each, with
-    their standard deviation. -> the same as text, a line for each name."""
+def compare(folders: list, output_dir: Path) -> list[str]:
+    """Draws test top-1 over the layers of finished probes: the mean of the runs whose folders
+    differ by -SEED alone, with their standard deviation. -> the same as text, a line for each
+    curve."""
+    curves = {}
+    for folder in map(Path, folders):
+        try:
+            rows = json.loads((folder / "results.json").read_text())["rows"]
+            top1 = [row["test_top1"] for row in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder} has no results.json of a probe: make it with --layers all "
+                             f"--output_dir {folder}") from None
+        name = re.sub(r"-\d+$", "", os.path.abspath(folder))
+        curves.setdefault(name, []).append(top1)
+    if len({len(top1) for runs in curves.values() for top1 in runs}) > 1:
+        raise InputError("--compare takes runs with the same number of layers, all probed with "
+                         "--layers all")
+    # a curve is named by what its folder does not share with the others'
+    parent = os.path.commonpath([os.path.dirname(name) for name in curves])
+    curves = {os.path.relpath(name, parent): runs for name, runs in curves.items()}
     figure, ((axis,),) = subplots(1, 1, 5, 3.5)
     lines = []
-    for name, values in runs.items():
-        top1 = torch.tensor(values)  # (runs, L)
+    for name, runs in curves.items():
+        top1 = torch.tensor(runs)  # (runs, L)
         layers = range(1, top1.shape[1] + 1)
         means = top1.mean(0).tolist()
         deviations = top1.std(0, correction=min(len(top1) - 1, 1)).tolist()  # 0 of a single run
@@ -693,32 +684,8 @@ def draw_multi_exit(runs: dict[str, list], path: Path) -> list[str]:
         lines.append(f"{name:<20} n = {len(top1)}   " + "   ".join(cells))
     axis.set(xlabel="layer", ylabel="top-1 of a linear probe (%)", xticks=layers)
     axis.legend(fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, output_dir / "multi_exit.png")
     return lines
-
-
-def compare(folders: list[str], output_dir: Path) -> None:
-    """Finished probes of all layers over each other: a table and multi_exit.png. Folders whose
-    names differ by -SEED are one curve."""
-    runs = {}
-    for folder in folders:
-        try:
-            rows = json.loads(Path(folder, "results.json").read_text())["rows"]
-            top1 = [row["test_top1"] for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{folder} has no results.json of a probe: make it with --layers all "
-                             f"--output_dir {folder}") from None
-        name = re.sub(r"-\d+$", "", os.path.abspath(folder))
-        runs.setdefault(name, []).append(top1)
-    if len({len(top1) for group in runs.values() for top1 in group}) > 1:
-        raise InputError("--compare takes runs with the same number of layers, all probed with "
-                         "--layers all")
-    # a curve is named by what its folder does not share with the others'
-    parent = os.path.commonpath([os.path.dirname(name) for name in runs])
-    runs = {os.path.relpath(name, parent): group for name, group in runs.items()}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for line in draw_multi_exit(runs, output_dir / "multi_exit.png"):
-        log(line)
 
 
 if __name__ == "__main__":

@@ -272,10 +272,10 @@ def block_masks(u: Tensor, grid: tuple, ratio: float, variation: float = 0.0) ->
     """Uniform numbers (B, MASK_DRAWS) -> block-wise masks, bool (B, N), of round(N * r)
     patches, at least one, where r varies about the ratio."""
     H, W = grid
-    u = u[:, :, None, None]  # (B, MASK_DRAWS, 1, 1)
+    u = u[:, :, None]  # (B, MASK_DRAWS, 1)
     count = H * W * (ratio + variation * (2 * u[:, :1] - 1))
-    count = count.round().clamp(1, H * W)  # (B, 1, 1, 1)
-    area, aspect, top, left = u[:, 1:].split(BLOCKS, 1)  # (B, blocks, 1, 1) each
+    count = count.round().clamp(1, H * W)  # (B, 1, 1)
+    area, aspect, top, left = u[:, 1:].split(BLOCKS, 1)  # (B, blocks, 1) each
     least = count.clamp(max=max(1, (min(H, W) // 3) ** 2))
     area = least + (count - least) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(1 / ASPECT))
@@ -283,11 +283,10 @@ def block_masks(u: Tensor, grid: tuple, ratio: float, variation: float = 0.0) ->
     w = (area / aspect).sqrt().round().clamp(1, W)
     top = (top * (H - h + 1)).floor()
     left = (left * (W - w + 1)).floor()
-    y = torch.arange(H)[:, None]  # (H, 1)
-    x = torch.arange(W)
-    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)  # (B, blocks, H, W)
-    inside = inside.flatten(2)  # (B, blocks, N)
-    # blocks are laid until so many patches are covered; the last is cut
+    y = torch.arange(H).repeat_interleave(W)  # (N,)
+    x = torch.arange(W).repeat(H)
+    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)  # (B, blocks, N)
+    # blocks until so many patches are covered; the last is cut
     first = torch.where(inside.any(1), inside.int().argmax(1), BLOCKS)  # (B, N)
     order = first * (H * W) + torch.arange(H * W)
     places = order.argsort(1).argsort(1)  # (B, N)

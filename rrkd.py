@@ -19,25 +19,21 @@ projected, and no labels are needed; where there are some, a cross-entropy is ad
     L_D                                              Eq. 3; 0 where the maps are equal
     L = lambda_D * L_D + lambda_CE * CE(P, Y)        Eq. 4
 
-SPKD compares Z Z^T, its rows normalised after the product; LPKD pulls together what lies close
-together for the teacher. Gradient reaches the student through rows and anchors. Relations span the
-global batch. Memory grows with B * M, for LPKD with B * k * D, and never with M * M * D.
+Gradient reaches the student through rows and anchors. Relations span the global batch. Memory
+grows with B * M, for LPKD with B * k * D, and never with M * M * D.
 
 Symbols: B images of this process, M of the global batch, A fixed anchors, D_t and D_s the widths,
 C classes, S side of an image.
 
-    python rrkd.py                                        digits: teacher, baseline, student
+    python rrkd.py                                        digits, half a minute: teacher 95.0 %,
+                                                          baseline 88.3, student 93.6 (probe)
     python rrkd.py --loss spkd --output_dir runs/spkd     a rival; others: lpkd, kd, feature
-    python rrkd.py --table 1 --data_path DIR              a table of the paper over three seeds,
-                                                          in table1.json, and runs beside it
+    python rrkd.py --table 1 --data_path DIR              a table of the paper, three seeds
     python rrkd.py --data DIR --teacher runs/sdssl/checkpoint.pth --no-labels --no-baseline
     torchrun --nproc_per_node=8 rrkd.py --data pets       ResNet-34, fine-tuned, into ResNet-18
 
 The student goes to --output_dir, its teacher to `teacher/` and the student's network without
 distillation to `baseline/` below it. --max_steps cuts these short, but never a teacher.
-
-Measured: the first command (seed 0, half a minute on a CPU core), accuracy of a linear probe:
-teacher 95.0 %, baseline 88.3 %, student 93.6 %.
 
     what                    paper                      released code         here
     Eq. 3                   +1 inside the quotient     as above              as released
@@ -49,6 +45,7 @@ teacher 95.0 %, baseline 88.3 %, student 93.6 %.
     accuracy, Tables 3, 4   "test accuracy"            -                     of the classifier
 """
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -167,7 +164,7 @@ def distillation_losses(loss, z_s, z_t, logits=None, logits_t=None, anchors_s=No
     if loss == "kd":  # Hinton's; tau^2 makes its gradient of one size for every tau
         tau = tau or 4.0
         return {"loss_kd": tau**2 * soft_cross_entropy(logits, logits_t, tau)}
-    return {"loss_feature": fp32(F.mse_loss)(z_s, z_t)}  # FitNets: z_s is projected to D_t
+    return {"loss_feature": F.mse_loss(z_s, z_t)}  # FitNets: z_s is projected to D_t
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -304,11 +301,6 @@ def load_teacher(path, args) -> Network:
     return teacher.eval().requires_grad_(False)
 
 
-def needs_logits(args) -> bool:
-    """Whether the loss asks for the teacher's soft labels."""
-    return args.loss == "kd" or (args.loss == "lpkd" and args.labels)
-
-
 def build(args, classes: int, teacher: Network | None) -> tuple[Network, dict]:
     """-> student, and what a reader of the checkpoint must know. On its own an autoencoder has a
     decoder, any other network a classifier; a student has one where it gets labels or logits."""
@@ -318,21 +310,24 @@ def build(args, classes: int, teacher: Network | None) -> tuple[Network, dict]:
         start_from(backbone, args.init)
     decodes = args.loss == "none" and args.arch.startswith("ae")
     classifies = args.labels or args.loss in ("kd", "none")
+    needs_logits = args.loss == "kd" or (args.loss == "lpkd" and args.labels)  # the teacher's
     if decodes or not classifies:
         classes = 0
     elif not classes:
         raise InputError(f"{args.data} has no labels to train {args.arch} with: pass --no-labels "
                          f"--no-baseline --teacher FILE, and another --loss than kd")
-    elif teacher and needs_logits(args) and teacher.classes != classes:
+    elif needs_logits and teacher and teacher.classes != classes:
         raise InputError(f"--loss {args.loss} needs logits of {classes} classes; the teacher has "
                          f"{teacher.classes}: leave --teacher out, or for lpkd pass --no-labels")
+    elif needs_logits and not teacher and args.teacher_arch.startswith("ae"):
+        raise InputError(f"--loss {args.loss} needs logits, and --teacher_arch {args.teacher_arch} "
+                         f"is an autoencoder: pass mlp1200, say, or for lpkd --no-labels")
     source = teacher or backbone  # a teacher's normalisation becomes its student's
     mean = getattr(source, "mean", args.mean)
     std = getattr(source, "std", args.std)
     student = Network(args.arch, backbone, classes, mean, std)
     if decodes:  # the encoder's widths in reverse, up to the pixels
-        widths = reversed(MLPS[args.arch])
-        student.decoder = layers_of(*widths, args.img_size**2)
+        student.decoder = layers_of(*reversed(MLPS[args.arch]), args.img_size**2)
     if teacher and args.loss == "feature":
         student.projection = nn.Linear(backbone.embed_dim, teacher.backbone.embed_dim)
     return student, dict(method="rrkd", network="student", backbone=options, classes=classes,
@@ -422,14 +417,6 @@ def fixed_anchors(args, teacher: Network | None, data: ImageData, device):
     return x_a, gather(z_t)
 
 
-def loss_weights(args) -> dict[str, float]:
-    """Of the terms of a distillation, Eq. 4; LPKD's as in Sec. 4 and 5.2."""
-    lambda_d = args.lambda_d
-    if lambda_d is None:
-        lambda_d = 1.5 if args.loss == "lpkd" else 1.0
-    return {f"loss_{args.loss}": lambda_d, "loss_ce": args.lambda_ce, "loss_soft": args.lambda_soft}
-
-
 def fit(args, data, teacher_file=None) -> dict:
     """Trains args.arch with args.loss -> its accuracy, parameters and minutes."""
     # data and networks
@@ -437,9 +424,12 @@ def fit(args, data, teacher_file=None) -> dict:
     train_data, monitor_data, test_data = data
     teacher = None
     weights = {}
-    if teacher_file:
+    if args.loss != "none":
         teacher = load_teacher(teacher_file, args).to(device)
-        weights = loss_weights(args)
+        # of Eq. 4; LPKD's as in Sec. 4 and 5.2, of the others 1
+        weights = {"loss_lpkd": 1.5, "loss_soft": args.lambda_soft, "loss_ce": args.lambda_ce}
+        if args.lambda_d is not None:
+            weights[f"loss_{args.loss}"] = args.lambda_d
     student, meta = build(args, len(train_data.classes), teacher)
     student.to(device)
     model = distributed(student)
@@ -455,13 +445,10 @@ def fit(args, data, teacher_file=None) -> dict:
     # the run: one view of each image, k-NN of the student
     loader = ViewLoader(train_data, [View(args.img_size, **args.view)], args.batch_size, args.seed,
                         device, args.num_workers, student.mean, student.std)
-
-    def knn():
-        return knn_accuracy(
-            student.backbone, train_data, monitor_data, args.img_size, device, dtype=args.dtype,
-            num_workers=args.num_workers, mean=student.mean, std=student.std)
-
-    maps = log_plan(args, teacher, student, loader, test_data or train_data)
+    knn = functools.partial(
+        knn_accuracy, student.backbone, train_data, monitor_data, args.img_size, device,
+        num_workers=args.num_workers, dtype=args.dtype, mean=student.mean, std=student.std)
+    maps = first_maps(args, teacher, student, test_data or train_data)
     run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student,
               optimizer=optimizer, scaler=scaler)
 
@@ -472,6 +459,8 @@ def fit(args, data, teacher_file=None) -> dict:
     lr = cosine_schedule(peak_lr, peak_lr, run.total, int(args.warmup_epochs * run.steps_per_epoch))
     x_a, anchors_t = fixed_anchors(args, teacher, train_data, device)
     A = len(x_a) * world_size()
+    log(f"{args.arch}, --loss {args.loss}: {student.size:,} parameters, {run.total} steps of {M} "
+        f"images, lr {args.lr:.1e} * {M} / 256 = {peak_lr:.1e}")
 
     for step, (x,), index in run.steps():  # one view (B, 3, S, S)
         # schedule
@@ -525,12 +514,8 @@ def relation_map(args, network: Network, data: ImageData) -> Tensor:
     return relative_representation(features(args, network, data, rows))
 
 
-def log_plan(args, teacher, student: Network, loader: ViewLoader, data: ImageData) -> dict:
-    """Prints what is trained -> relation maps of teacher and student, if it has one."""
-    steps = args.epochs * loader.steps_per_epoch
-    peak_lr = args.lr * args.batch_size / 256
-    log(f"{args.arch}, --loss {args.loss}: {student.size:,} parameters, {steps} steps of "
-        f"{args.batch_size} images, lr {args.lr:.1e} * {args.batch_size} / 256 = {peak_lr:.1e}")
+def first_maps(args, teacher, student: Network, data: ImageData) -> dict:
+    """-> relation maps of teacher and untrained student, if it has one; prints their loss."""
     if not teacher:
         return {}
     v_t = relation_map(args, teacher, data)
@@ -557,9 +542,8 @@ def result_of(args, run: Run, student: Network, train_data, test_data, maps) -> 
         maps["trained"] = relation_map(args, student, test_data or train_data)
         if rank() == 0:
             draw_maps(run.folder / "maps.png", maps)
-    result = dict(step=step, **accuracy(args, student, train_data, test_data),
-                  minutes=seconds / 60)
-    run.record(**result)
+    result = dict(accuracy(args, student, train_data, test_data), minutes=seconds / 60)
+    run.record(step, **result)
     return result
 
 
@@ -578,29 +562,24 @@ def train(args) -> None:
     train_data, _, test_data = data
     C = len(train_data.classes)
 
-    # what cannot work is found before a teacher is trained for nothing
+    # what cannot work is found before a network is trained for nothing
     if args.anchors in ("class", "confident") and C < 2:
         raise InputError(f"--anchors {args.anchors} needs labels of two classes or more, and "
                          f"{args.data} has {C}: use random")
-    if not args.teacher and args.teacher_arch.startswith("ae") and needs_logits(args):
-        raise InputError(f"--loss {args.loss} needs logits, and --teacher_arch {args.teacher_arch} "
-                         f"is an autoencoder: pass mlp1200, say, or for lpkd --no-labels")
-    build(args, C, teacher=None)
+    teacher = None
+    if args.teacher:
+        teacher = load_teacher(args.teacher, args).to(device)
+    build(args, C, teacher)
     if args.baseline:
         build(variant(args, loss="none"), C, teacher=None)
-    if not args.teacher:
-        make_backbone(args.teacher_arch, args.img_size, args.patch_size)
 
     # teacher
     results = {}
     folder = Path(args.output_dir)
-    teacher_file = None
-    if args.teacher and args.loss != "none":
-        teacher_file = args.teacher
-        teacher = load_teacher(teacher_file, args).to(device)
+    teacher_file = args.teacher or folder / "teacher" / "checkpoint.pth"
+    if teacher:
         results["teacher"] = accuracy(args, teacher, train_data, test_data)
     elif args.loss != "none":
-        teacher_file = folder / "teacher" / "checkpoint.pth"
         first = variant(args, loss="none", arch=args.teacher_arch, momentum=args.teacher_momentum,
                         init=None, max_steps=None, output_dir=str(folder / "teacher"))
         results["teacher"] = fit(first, data)
@@ -653,8 +632,9 @@ def parse_arguments(argv=None):
         args.data = "digits"
     if args.anchors != "batch" and (args.loss != "rrkd" or args.table):
         parser.error("--anchors is for --loss rrkd, and a --table has its own")
-    if args.teacher and args.loss == "none":
-        parser.error("--loss none trains --arch on its own: leave --teacher out")
+    if args.teacher and (args.loss == "none" or args.table):
+        parser.error("--loss none trains --arch on its own, and --table trains its own teachers: "
+                     "leave --teacher out")
     return args
 
 
@@ -662,7 +642,8 @@ def parse_arguments(argv=None):
 
 # settings: of all rows. columns: {data: (the paper's numbers of the first rows, settings)}. rows:
 # (name, folder, settings), the first of them the teacher; a folder that two tables name is one run
-TEACHER = ("teacher (AE-64)", "ae64", dict(loss="none", arch="ae64"))
+TEACHER = dict(loss="none", init=None, max_steps=None)  # --init is the student's; never cut short
+AE64 = ("teacher (AE-64)", "ae64", dict(TEACHER, arch="ae64"))
 RIVALS = [(name, loss, dict(loss=loss)) for name, loss in {
     "SPKD": "spkd", "LPKD": "lpkd", "RRKD": "rrkd", "no distillation": "none", "KD (Hinton)": "kd",
     "feature regression": "feature"}.items()]
@@ -670,7 +651,7 @@ TABLES = {
     1: dict(
         title="self-supervised MNIST, linear probe", settings=dict(recipe="mnist"),
         columns={"mnist": ([87.99, 74.14, 80.88], {})},
-        rows=[TEACHER,
+        rows=[AE64,
               ("baseline (AE-32), lr 1e-8", "ae32-lr1e-8", dict(loss="none", lr=2e-8)),
               ("student (AE-32), RRKD", "ae32-rrkd", dict(loss="rrkd")),
               ("baseline (AE-32), lr 0.1", "ae32", dict(loss="none")),
@@ -679,7 +660,7 @@ TABLES = {
         title="supervised MNIST, linear probe",
         settings=dict(recipe="mnist", arch="mlp32", labels=True, momentum=0.0),
         columns={"mnist": ([95.64, 90.87, 92.94], {})},
-        rows=[("teacher (MLP-1200)", "mlp1200", dict(loss="none", arch="mlp1200")),
+        rows=[("teacher (MLP-1200)", "mlp1200", dict(TEACHER, arch="mlp1200")),
               ("baseline (MLP-32)", "mlp32", dict(loss="none")),
               ("student (MLP-32), RRKD", "mlp32-rrkd", dict(loss="rrkd")),
               ("student (MLP-32), KD (Hinton), lr 0.02", "mlp32-kd", dict(loss="kd", lr=0.04))]),
@@ -689,18 +670,17 @@ TABLES = {
         columns={"cifar10": ([88.13, 85.85, 85.56, 86.21], {}),
                  "cifar100": ([60.72, 56.35, 57.04, 57.48], {}),
                  "svhn": ([94.66, 94.56, 94.49, 94.55], dict(epochs=20))},
-        rows=[("teacher", "teacher", dict(loss="none", arch="resnet18", momentum=0.0)), *RIVALS]),
+        rows=[("teacher", "teacher", dict(TEACHER, arch="resnet18", momentum=0.0)), *RIVALS]),
     4: dict(
-        title="transfer, accuracy of the classifier",
-        settings=dict(recipe="imagenet"),
+        title="transfer, accuracy of the classifier", settings=dict(recipe="imagenet"),
         columns={"cars": ([78.60, 72.63, 70.47, 76.79], {}),
                  "pets": ([90.52, 77.19, 73.81, 81.22], {}),
                  "flowers102": ([85.76, 80.50, 77.27, 84.62], dict(epochs=50))},
-        rows=[("teacher", "teacher", dict(loss="none", arch="resnet34", momentum=0.0)), *RIVALS]),
+        rows=[("teacher", "teacher", dict(TEACHER, arch="resnet34", momentum=0.0)), *RIVALS]),
     5: dict(
         title="anchors, self-supervised MNIST, linear probe", settings=dict(recipe="mnist"),
         columns={"mnist": ([87.99, 81.42, 80.21, 80.59, 80.52], {})},
-        rows=[TEACHER,
+        rows=[AE64,
               ("in-batch, 128", "ae32-rrkd", dict(loss="rrkd")),
               ("random, 128", "ae32-random", dict(loss="rrkd", anchors="random")),
               ("per class, 130", "ae32-class", dict(loss="rrkd", anchors="class")),
@@ -709,10 +689,7 @@ TABLES = {
 
 
 def table(args) -> None:
-    """Trains what a table needs; prints the paper's numbers beside ours, writes JSON, and draws
-    accuracy against parameters."""
-    if args.teacher:
-        raise InputError("--table trains its own teachers: leave --teacher out")
+    """Trains what a table needs; prints it beside the paper's, draws it, and writes it as JSON."""
     setup(args)
     spec = TABLES[args.table]
     columns = [args.data] if args.data else list(spec["columns"])
@@ -765,11 +742,7 @@ def table_column(args, spec: dict, column: str) -> list[dict]:
         minutes = 0.0
         for seed in args.seeds:
             row = variant(base, seed=seed, **settings, output_dir=str(place / folder / str(seed)))
-            if folder == teacher_folder:  # never cut short, and of an architecture of its own
-                row = variant(row, max_steps=None, init=None)
-            teacher_file = None
-            if row.loss != "none":
-                teacher_file = str(place / teacher_folder / str(seed) / "checkpoint.pth")
+            teacher_file = place / teacher_folder / str(seed) / "checkpoint.pth"
             result = fit(row, data, teacher_file)
             log(f"{column}, {name}, seed {seed}: {result['accuracy']:.2f} %")
             values.append(result["accuracy"])

@@ -120,19 +120,9 @@ def regression_loss(q: Tensor, z: Tensor) -> Tensor:
     return (2 - 2 * cosine).mean()  # Eq. 1
 
 
-def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
-    """SimCLR's loss over the 2B rows of two views (B, K), each without itself; no 2 * tau."""
-    z = torch.cat([z1, z2])  # (2B, K)
-    rows = torch.arange(len(z), device=z.device)
-    return contrastive_loss(z, z, rows.roll(len(z1)), tau, excluded=rows)
-
-
-# The terms of Eq. 6: both directions, summed, of SimCLR the mean of them. q1, q2 (L, B, K): the
-# queries of the views, the final layer last; with --no-sd it is the only one.
-
-
 def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]:
-    """Candidates are both views' final outputs of the global batch."""
+    """The terms of Eq. 6, mean of both directions. q1, q2 (L, B, K): queries of the two views,
+    the final layer last. Candidates are both views' final outputs of the global batch."""
     z = torch.cat([gather(q1[-1]), gather(q2[-1])])  # (2M, K)
     M = len(z) // 2
     rows = torch.arange(M, device=z.device)[local_rows(M)]  # (B,)
@@ -140,19 +130,26 @@ def simclr_losses(q1: Tensor, q2: Tensor, tau: float = 0.2) -> dict[str, Tensor]
     other = torch.cat([M + rows, rows])  # ... and the other view of its image
     q = torch.cat([q1, q2], 1)  # (L, 2B, K)
     losses = {"loss_ssl": contrastive_loss(q[-1], z, other, tau, same)}  # Eq. 2
-    if len(q) > 1:
+    if len(q) > 1:  # with --no-sd the final layer is the only one
         losses["loss_isd"] = contrastive_loss(q[:-1], z.detach(), other, tau, same)  # Eq. 3
     return losses
 
 
+def nt_xent(z1: Tensor, z2: Tensor, tau: float = 0.2) -> Tensor:
+    """SimCLR's loss over the 2M rows of two views (B, K), each without itself; no 2 * tau."""
+    return simclr_losses(z1[None], z2[None], tau)["loss_ssl"]
+
+
 def byol_losses(q1, q2, z1, z2, p1=None, p2=None, ssl=regression_loss) -> dict[str, Tensor]:
-    """z1, z2 (B, K): the teacher's outputs. p1, p2 (L, B, K): predictions from projections
-    without gradient. ssl: the loss of queries (..., B, K) and targets."""
+    """The terms of Eq. 6, sum of both directions. q1, q2: as above. z1, z2 (B, K): the
+    teacher's outputs. p1, p2 (L, B, K): predictions from projections without gradient. ssl:
+    the loss of queries (..., B, K) and targets."""
     z1 = z1.detach()
     z2 = z2.detach()
     losses = {"loss_ssl": ssl(q1[-1], z2) + ssl(q2[-1], z1)}  # Eq. 1 or 2
     if len(q1) > 1:
-        losses["loss_isd"] = ssl(q1[:-1], z2) + ssl(q2[:-1], z1)  # Eq. 3: mean over rows and layers
+        # Eq. 3: mean over rows and layers
+        losses["loss_isd"] = ssl(q1[:-1], z2) + ssl(q2[:-1], z1)
         L = len(p1)
         losses["loss_pred"] = L * (ssl(p1, z2) + ssl(p2, z1))  # Eq. 5: L * mean is the sum
     return losses
@@ -255,7 +252,9 @@ class Student(nn.Module):
                 lower.append(stack_layers([view[l] for l in self.lower]))  # V of (L-1, B, D)
             if self.isd_projector is not None:
                 lower = self.isd_projector(*lower)  # V of (L-1, B, K)
-            h = [stack_layers([*a, *b]) for a, b in zip(lower, last, strict=True)]  # V of (L, B, K)
+            h = []
+            for below, final in zip(lower, last, strict=True):
+                h.append(stack_layers([*below, *final]))  # V of (L, B, K)
         q = h
         p = [None] * len(h)
         if self.predictor is not None:
@@ -289,8 +288,10 @@ def build(args) -> tuple[Student, Teacher | None, dict]:
     backbone = create_backbone(**options)
     if args.init:
         start_from(backbone, args.init)
-    if backbone.patch_embed is not None:  # frozen at its start, as in MoCo v3
-        backbone.patch_embed.requires_grad_(not args.stop_grad_conv1)
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(("patch_embed.", "model.patch_embed.")):  # ours, timm's
+            # frozen at its start, as in MoCo v3
+            parameter.requires_grad_(not args.stop_grad_conv1)
     student = Student(backbone, args.framework, args.sd, args.isd_every, args.isd_mlp, args.hidden,
                       args.isd_hidden)
     teacher = Teacher(student) if args.framework != "simclr" else None
@@ -331,7 +332,8 @@ def train(args) -> None:
     # schedules, a value for each step
     M = args.batch_size
     peak_lr = args.lr * M / 256
-    lr = cosine_schedule(peak_lr, 0.0, run.total, int(args.warmup_epochs * run.steps_per_epoch))
+    warmup = int(args.warmup_epochs * run.steps_per_epoch)
+    lr = cosine_schedule(peak_lr, 0.0, run.total, warmup)
     momentum = cosine_schedule(args.momentum, 1.0, run.total)
     alpha = cosine_schedule(0.0 if args.anneal else args.alpha, args.alpha, run.total)
     chance_levels = {"mocov3": 4 * args.tau * math.log(M), "byol": 4.0,
@@ -439,13 +441,11 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_layers(backbone: nn.Module, loader: ViewLoader) -> dict[str, Tensor]:
     """Figs. 7 and 8: measures of two views of each image, a value for each layer (L,)."""
-    first = []
-    second = []
-    for _, (x1, x2), _ in loader.steps(0, min(10, loader.steps_per_epoch)):
-        first.append(stack_layers(backbone(x1, layers=True)))  # (L, B, D)
-        second.append(stack_layers(backbone(x2, layers=True)))  # (L, B, D)
-    first = torch.cat(first, 1).cpu()  # (L, n, D)
-    second = torch.cat(second, 1).cpu()  # (L, n, D)
+    batches = []
+    for _, views, _ in loader.steps(0, min(10, loader.steps_per_epoch)):
+        layers = [stack_layers(backbone(x, layers=True)) for x in views]  # 2 of (L, B, D)
+        batches.append(torch.stack(layers))  # (2, L, B, D)
+    first, second = torch.cat(batches, 2).cpu()  # (L, n, D) each
     u = torch.stack([uniformity(x) for x in first])  # (L,)
     a = torch.stack([alignment(x, y) for x, y in zip(first, second, strict=True)])  # (L,)
     negative = torch.stack([negative_alignment(x) for x in first])  # (L,)
@@ -508,8 +508,7 @@ def analyze(args) -> None:
         cka_axes[0, i].set(title=name, xlabel="layer", ylabel="layer")
 
         # Fig. 5
-        if not torch.equal(ten_classes, rows):
-            features = extract_features(backbone, data, rows=ten_classes, **options)  # L of (n, D)
+        features = extract_features(backbone, data, rows=ten_classes, **options)  # L of (n, D)
         shown = torch.linspace(0, L - 1, 6).round().int().unique().tolist()
         for axis, l in zip(tsne_axes[i], shown, strict=False):
             tsne = TSNE(init="pca", perplexity=min(30, len(ten_classes) / 4), random_state=0)
@@ -517,11 +516,9 @@ def analyze(args) -> None:
             axis.scatter(*points.T, c=data.labels[ten_classes], cmap="tab10", s=3)
             axis.set(title=f"layer {l + 1}", ylabel=name, xticks=[], yticks=[])
 
-        numbers[name] = dict(checkpoint=path, cka=cka)
-        for title, values in measures.items():
-            numbers[name][title] = values.tolist()
+        numbers[name] = {"checkpoint": path, "cka": cka, **measures}
 
-    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "analysis.json").write_text(json.dumps(numbers, indent=1, default=Tensor.tolist))
     measures_axes[0, 0].legend(fontsize=7)
     cka_figure.colorbar(image, ax=cka_axes[0].tolist(), label="CKA")
     save_figure(measures_figure, folder / "alignment.png")

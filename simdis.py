@@ -115,10 +115,10 @@ def target_losses(p: list[dict], z: dict[str, list]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------- model
 
 
-def mlp(dim: int, hidden: int, out_dim: int = 256) -> nn.Sequential:
+def mlp(dim: int, hidden: int) -> nn.Sequential:
     """Sec. 4, for projectors and predictors: FC(4096) + BN + ReLU + FC(256)."""
     first = nn.Linear(dim, hidden)
-    last = nn.Linear(hidden, out_dim)
+    last = nn.Linear(hidden, 256)
     return nn.Sequential(first, BatchNorm(hidden), nn.ReLU(), last)
 
 
@@ -167,8 +167,12 @@ def load_teacher(path: str) -> tuple[dict, dict]:
 
 def build(args) -> tuple[dict, dict]:
     """-> the networks of this stage by name, and what a reader of the checkpoint must know."""
-    learn = {"teacher": ["teacher"], "offline": ["student"], "online": ["student", "teacher"]}
-    names = learn[args.stage]
+    learners = {
+        "teacher": ["teacher"],
+        "offline": ["student"],
+        "online": ["student", "teacher"],
+    }
+    names = learners[args.stage]
     if not any(TARGETS[target][0].startswith("teacher") for target in args.targets):
         if args.stage == "offline":
             raise InputError("--stage offline with no target of the teacher: use --stage online")
@@ -193,10 +197,9 @@ def build(args) -> tuple[dict, dict]:
     if args.stage == "offline":
         frozen, meta["teacher"] = load_teacher(args.teacher)
         networks |= frozen
-    if not args.sync_bn:  # Sec. 4.3: cheaper, but then the number of processes matters
-        for module in nn.ModuleDict(networks).modules():
-            if isinstance(module, BatchNorm):
-                module.across_processes = False
+    for module in nn.ModuleDict(networks).modules():
+        if isinstance(module, BatchNorm):  # Sec. 4.3 has it off: then the processes matter
+            module.across_processes = args.sync_bn
     return networks, meta
 
 
@@ -248,7 +251,9 @@ def train(args) -> None:
     learners = nn.ModuleDict({k: x for k, x in networks.items() if isinstance(x, Learner)})
     models = {name: distributed(learner) for name, learner in learners.items()}
     # the other networks run only where a target asks for them
-    asked = {TARGETS[target][0] for learner in learners.values() for target in learner.predictors}
+    asked = set()
+    for learner in learners.values():
+        asked |= {TARGETS[target][0] for target in learner.predictors}
     others = [name for name in networks if name in asked and name not in learners]
     optimizer = make_optimizer(args, learners, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
@@ -261,16 +266,11 @@ def train(args) -> None:
         return knn_accuracy(networks[name].backbone, train_data, test_data, args.img_size, device,
                             num_workers=args.num_workers, dtype=args.dtype)
 
-    checks = {}
-    if args.stage == "online" and "teacher" in networks:
-        checks["knn_teacher"] = (lambda: knn("teacher"), args.knn_every)
-    checks["knn"] = (lambda: knn(meta["network"]), args.knn_every)
+    checks = {"knn": (lambda: knn(meta["network"]), args.knn_every)}
+    if {"student", "teacher"} <= networks.keys():
+        every = args.knn_every if args.stage == "online" else 0  # offline it stays as it is
+        checks = {"knn_teacher": (lambda: knn("teacher"), every), **checks}
     run = Run(args, loader, meta, checks, **networks, optimizer=optimizer, scaler=scaler)
-    if args.stage == "offline" and run.start == 0:
-        accuracy = knn("teacher")
-        if accuracy is not None:
-            log(f"teacher: k-NN top-1 {accuracy:.1f} %")
-            run.record(0, knn_teacher=accuracy)
 
     # schedules, a value for each step
     M = args.batch_size
@@ -382,5 +382,4 @@ def log_networks(networks: dict, meta: dict, img_size: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    launch(lambda: train(arguments))
+    launch(lambda: train(parse_arguments()))

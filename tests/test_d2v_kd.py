@@ -328,7 +328,7 @@ def test_what_learns(flags):
         still = name in ("backbone.pos_embed", "backbone.norm.weight", "backbone.norm.bias")
         assert parameter.requires_grad != still and (parameter.grad is None) == still, name
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    each = d2v_kd.ImageLoss(student, teacher)(x)
+    each = d2v_kd.ImageLoss([student, teacher])(x)
     torch.testing.assert_close(each[2], d2v_kd.kd_loss(student(x[2:3]), teacher(x[2:3]))[None])
     torch.testing.assert_close(each.mean(), loss)
 

@@ -693,7 +693,7 @@ def test_through_the_shell(checkpoints, tmp_path):
 
 
 @pytest.mark.figures
-def test_compare_draws_means_over_seeds(tmp_path, capsys):
+def test_compare_draws_means_over_seeds(tmp_path):
     """Folders that differ by their seed are one curve; the table has its mean and standard deviation; one line for mistakes."""
 
     def write(folder, *values):
@@ -702,10 +702,9 @@ def test_compare_draws_means_over_seeds(tmp_path, capsys):
         (tmp_path / folder / "results.json").write_text(content)
 
     def compare(*folders):
-        capsys.readouterr()
-        eval_linear.compare([str(tmp_path / folder) for folder in folders], tmp_path / "out")
-        return [line.split() for line in capsys.readouterr().out.splitlines()]
+        return [line.split() for line in eval_linear.compare([tmp_path / folder for folder in folders], tmp_path / "out")]
 
+    (tmp_path / "out").mkdir()
     write("a-0", 10.0, 20.0)
     write("a-1", 14.0, 20.0)
     write("b-0", 1.0, 2.0)

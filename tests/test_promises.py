@@ -72,7 +72,7 @@ SCRIPTS = [
         on_files=["--img_size", 8, "--no-labels", "--arch", "ae32"], default=("--epochs", 3),
         writes=["baseline", "maps.png", "teacher"],
         stand_ins={"accuracy": lambda *arguments: dict(accuracy=None, metric="probe"),
-                   "load_weights": lambda *arguments: None, "log_plan": lambda *arguments: {}},
+                   "load_weights": lambda *arguments: None, "first_maps": lambda *arguments: {}},
         says=r"k-NN top-1.*teacher +16,576 parameters +probe accuracy \d\d\.\d\d %\nbaseline +6,240 [^\n]*\nstudent +6,240 "),
     Script(
         "ibot_rkd", ["--batch_size", 32, "--hidden", 32, "--out_dim", 48],
@@ -334,6 +334,7 @@ def test_what_torchrun_starts_again(script, teachers, tmp_path, capsys, monkeypa
     """A run that it has begun goes on, whatever the flags; another run is replaced or refused as at the first start."""
     train(script, teachers, tmp_path, "--max_steps", 2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another agent
     assert_one_line_error(attempt(script, teachers, capsys, "--output_dir", tmp_path), "already holds a run")
     assert train(script, teachers, tmp_path, "--max_steps", 1, "--overwrite")["step"] == 1
     assert train(script, teachers, tmp_path, "--max_steps", 3, "--overwrite")["step"] == 3

@@ -405,15 +405,15 @@ def test_offline_resumes_with_the_teacher_it_had(teacher_file, tmp_path):
 
 
 def test_teacher_then_offline(tmp_path, monkeypatch, capsys):
-    """The chain of both stages: the offline one prints the k-NN of the frozen teacher first, where the other ended, and once."""
+    """The chain of both stages: the offline one prints the k-NN of the frozen teacher first, where the other ended."""
     monkeypatch.setattr(simdis, "knn_accuracy", common.knn_accuracy)
     train(tmp_path / "teacher", "--stage", "teacher", "--max_steps", 2)
     trained = re.findall(r"top-1 ([\d.]+) %", capsys.readouterr().out)[-1]
     train(tmp_path / "offline", *stage_flags("offline", tmp_path / "teacher" / "checkpoint.pth"), "--max_steps", 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
-    assert lines[0] == f"teacher: k-NN top-1 {trained} %" and lines[1].startswith("step 0 ") and len(lines) == 3
+    assert lines[0] == f"step 0 (epoch 0.0): teacher: k-NN top-1 {trained} %" and lines[1].startswith("step 0 ") and len(lines) == 4
     found = [set(record) & {"knn", "knn_teacher"} for record in read_log(tmp_path / "offline")]
-    assert found == [{"knn_teacher"}, {"knn"}, set(), set(), {"knn"}]
+    assert found == [{"knn_teacher"}, {"knn"}, set(), set(), {"knn_teacher"}, {"knn"}]
 
 
 def test_bad_input_gets_one_line(tmp_path, capsys, teacher_file):
