@@ -9,13 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import assert_one_line_error, finished, leaf, read_log, same
+from torch.testing import assert_close
 
 import common
 import d2v_kd
 import eval_linear
 
-TINY = ["--batch_size", "32", "--log_every", "1", "--knn_every", "0", "--num_workers", "0", "--epochs", "2", "--warmup_epochs",
-        "0.1", "--device", "cpu", "--output_dir", "unused"]
+TINY = ("--batch_size 32 --log_every 1 --knn_every 0 --num_workers 0 --epochs 2 --warmup_epochs 0.1 --device cpu "
+        "--output_dir unused").split()
 
 
 @pytest.fixture(autouse=True)
@@ -58,32 +59,20 @@ def built(*flags):
 # ------------------------------------------------------------------------------------------------------------- losses
 
 
-def standardised(values, eps=1e-5):
-    """A list of numbers -> a list of mean 0 and variance 1."""
-    mu = sum(values) / len(values)
-    var = sum((value - mu) ** 2 for value in values) / len(values)
-    return [(value - mu) / torch.sqrt(var + eps) for value in values]
+def standardised(x, dim):
+    """To mean 0 and variance 1."""
+    return (x - x.mean(dim, keepdim=True)) / (x.var(dim, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
 def naive_target(states):
-    """Eqs. 1-5, one number at a time."""
-    B, T, D = states[0].shape
-    images = []
-    for b in range(B):
-        layers = [[standardised([h[b, t, d] for t in range(T)]) for d in range(D)] for h in states]  # of each dim T numbers
-        means = [[sum(dims[d][t] for dims in layers) / len(states) for d in range(D)] for t in range(T)]
-        images.append(torch.stack([torch.stack(standardised(token)) for token in means]))
-    return torch.stack(images)
+    """Eqs. 1-5, of each image L layers (T, D)."""
+    return torch.stack([standardised(sum(standardised(h, 0) for h in image) / len(image), 1) for image in zip(*states, strict=True)])
 
 
 def naive_loss(pred, target):
     """Eq. 6: for an image, the patches' mean squared errors and that of [CLS], over N + 1; mean over images."""
-    B, T, D = pred.shape
-    total = 0.0
-    for b in range(B):
-        errors = [sum((pred[b, t, d] - target[b, t, d]) ** 2 for d in range(D)) / D for t in range(T)]
-        total = total + (sum(errors[1:]) + errors[0]) / T / B
-    return total
+    errors = [((a - b) ** 2).sum(1) / a.shape[1] for a, b in zip(pred, target, strict=True)]  # of an image (T,)
+    return sum((error[1:].sum() + error[0]) / len(error) for error in errors) / len(errors)
 
 
 def test_target_and_loss_equal_naive_loops():
@@ -92,12 +81,12 @@ def test_target_and_loss_equal_naive_loops():
     teacher = [leaf(2, 4, 5, seed=10 + i) for i in range(3)]
     pairs = [(d2v_kd.contextualized_target(s), naive_target(s)) for s in (student, teacher)]
     for ours, naive in pairs:
-        torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+        assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     ours, naive = d2v_kd.kd_loss(pairs[0][0], pairs[1][0]), naive_loss(pairs[0][1], pairs[1][1])
-    torch.testing.assert_close(ours, naive, rtol=1e-10, atol=0)
+    assert_close(ours, naive, rtol=1e-10, atol=0)
     expected = torch.autograd.grad(naive, student + teacher)
     assert min(g.abs().max() for g in expected) > 1e-3
-    torch.testing.assert_close(torch.autograd.grad(ours, student + teacher), expected, rtol=1e-8, atol=1e-12)
+    assert_close(torch.autograd.grad(ours, student + teacher), expected, rtol=1e-8, atol=1e-12)
 
 
 def test_target_closed_forms():
@@ -105,17 +94,17 @@ def test_target_closed_forms():
     before = copy.deepcopy(h)
     y = d2v_kd.contextualized_target(h)
     assert same(h, before)  # inputs unmodified
-    torch.testing.assert_close(y.mean(-1), torch.zeros(3, 6, dtype=y.dtype), atol=1e-12, rtol=0)
-    torch.testing.assert_close(y.pow(2).mean(-1), torch.ones(3, 6, dtype=y.dtype), atol=1e-3, rtol=0)
+    assert_close(y.mean(-1), torch.zeros(3, 6, dtype=y.dtype), atol=1e-12, rtol=0)
+    assert_close(y.pow(2).mean(-1), torch.ones(3, 6, dtype=y.dtype), atol=1e-3, rtol=0)
     # a layer's scale and offset per dim are taken away; so are copies of every layer
     scale, offset = 1 + torch.rand(8, dtype=y.dtype) * 9, torch.randn(8, dtype=y.dtype)
-    torch.testing.assert_close(d2v_kd.contextualized_target([h[0] * scale + offset, *h[1:]]), y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(d2v_kd.contextualized_target(h + h), y)
+    assert_close(d2v_kd.contextualized_target([h[0] * scale + offset, *h[1:]]), y, rtol=1e-4, atol=1e-4)
+    assert_close(d2v_kd.contextualized_target(h + h), y)
     # images do not see each other, the order of the layers does not count, and the order of the tokens stays
-    torch.testing.assert_close(d2v_kd.contextualized_target([x[1:2] for x in h])[0], y[1])
-    torch.testing.assert_close(d2v_kd.contextualized_target(h[::-1]), y)
+    assert_close(d2v_kd.contextualized_target([x[1:2] for x in h])[0], y[1])
+    assert_close(d2v_kd.contextualized_target(h[::-1]), y)
     order = torch.randperm(6)
-    torch.testing.assert_close(d2v_kd.contextualized_target([x[:, order] for x in h]), y[:, order])
+    assert_close(d2v_kd.contextualized_target([x[:, order] for x in h]), y[:, order])
     # tokens that are all alike, or nearly so: no division by zero, forwards or backwards
     ones = torch.ones(2, 5, 4, requires_grad=True)
     y = d2v_kd.contextualized_target([ones, ones])
@@ -125,7 +114,7 @@ def test_target_closed_forms():
 
 
 def test_loss_is_two_minus_two_correlations():
-    """0 for the same, about 4 for the opposite, near 2 (chance) for independent states; [CLS] counts as one token of T."""
+    """0 for the same, about 4 for the opposite, near 2 (chance) for independent states."""
     a = d2v_kd.contextualized_target([leaf(4, 9, 64).detach()])
     b = d2v_kd.contextualized_target([leaf(4, 9, 64, seed=1).detach()])
     assert d2v_kd.kd_loss(a, a) == 0 and d2v_kd.kd_loss(a, -a) == pytest.approx(4, abs=1e-3)
@@ -133,9 +122,6 @@ def test_loss_is_two_minus_two_correlations():
     pairs = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
     correlation = sum(torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs) / 36
     assert d2v_kd.kd_loss(a, b) == pytest.approx(2 - 2 * correlation, abs=1e-3)
-    other = a.clone()
-    other[:, 0] = b[:, 0]
-    torch.testing.assert_close(d2v_kd.kd_loss(other, a), (b[:, 0] - a[:, 0]).pow(2).mean() / 9)
 
 
 def test_norms_and_loss_run_in_fp32_under_autocast():
@@ -144,8 +130,8 @@ def test_norms_and_loss_run_in_fp32_under_autocast():
         y = d2v_kd.contextualized_target(half)
         loss = d2v_kd.kd_loss(y.bfloat16(), torch.zeros_like(y).bfloat16())
     assert y.dtype == loss.dtype == torch.float32
-    torch.testing.assert_close(y, d2v_kd.contextualized_target([x.float() for x in half]), rtol=0, atol=0)
-    torch.testing.assert_close(loss, y.bfloat16().float().pow(2).mean())
+    assert_close(y, d2v_kd.contextualized_target([x.float() for x in half]), rtol=0, atol=0)
+    assert_close(loss, y.bfloat16().float().pow(2).mean())
     assert d2v_kd.kd_loss(half[0], half[1]).dtype == torch.float32
 
 
@@ -206,8 +192,8 @@ def test_unilm_file_is_the_shared_bias_model(unilm):
         for block in theirs.blocks:
             y = block(y, shared_rel_pos_bias=theirs.rel_pos_bias())
             expected.append(y)
-        torch.testing.assert_close(states, expected)
-        torch.testing.assert_close(teacher.model.fc_norm(y), theirs.norm(y))
+        assert_close(states, expected)
+        assert_close(teacher.model.fc_norm(y), theirs.norm(y))
     with pytest.raises(common.InputError, match="the teacher does not fit this architecture"):
         d2v_kd.load_blocks(common.vit_base(depth=6), teacher.model.state_dict(), "first", "the teacher")
 
@@ -222,59 +208,50 @@ def test_timm_and_finetuned_unilm_files_load(tmp_path):
     assert same(dict(teacher.model.state_dict()), native)
 
 
-def data2vec2(weights, x, depth):
-    """Data2Vec2's own order: project, positions, token in front, norm, then post-norm blocks, the context encoder's first."""
-
-    def parts(name):
-        return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-    def norm(name, x):
-        return F.layer_norm(x, (768,), *parts(name), 1e-6)
-
-    x = F.conv2d(x, *parts(f"{IMAGE}.local_encoder.proj"), stride=16).flatten(2).transpose(1, 2)
-    x = x + weights[f"{IMAGE}.fixed_positional_encoder.positions"]
-    x = norm(f"{IMAGE}.context_encoder.norm", torch.cat([weights[f"{IMAGE}.extra_tokens"].expand(len(x), -1, -1), x], 1))
-    outputs = []
-    for name in FAIRSEQ_BLOCKS[:depth]:
-        q, k, v = F.linear(x, *parts(f"{name}.attn.qkv")).unflatten(2, (3, 12, 64)).permute(2, 0, 3, 1, 4)
-        mixed = (q @ k.transpose(-2, -1) / 8).softmax(-1) @ v
-        x = norm(f"{name}.norm1", x + F.linear(mixed.transpose(1, 2).flatten(2), *parts(f"{name}.attn.proj")))
-        x = norm(f"{name}.norm2", x + F.linear(F.gelu(F.linear(x, *parts(f"{name}.mlp.fc1"))), *parts(f"{name}.mlp.fc2")))
-        outputs.append(x)
-    return outputs
-
-
 def test_fairseq_file_is_data2vec2(fairseq):
-    """The first six blocks in the order of the data; no key is left over; 43.1 M parameters learn."""
+    """The first six blocks in the order of the data, and what comes before: project, positions, token in front, norm. No key is left
+    over; 43.1 M parameters learn."""
     args = arguments("--arch", "vit_base", "--img_size", 224, "--patch_size", 16, "--depth", 6, "--init", fairseq)
     teacher = common.create_backbone("vit_base", depth=1)
     student, _ = d2v_kd.build_student(args, teacher, dict(backbone={}, mean=common.MEAN, std=common.STD))
     assert round(sum(p.numel() for p in student.parameters() if p.requires_grad), -5) == 43_100_000
-    x = torch.randn(1, 3, 224, 224)
+    weights = torch.load(fairseq, weights_only=True)["model"]
+
+    def parts(name):
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    image = torch.randn(1, 3, 224, 224)
+    x = F.conv2d(image, *parts(f"{IMAGE}.local_encoder.proj"), stride=16).flatten(2).mT
+    x = x + weights[f"{IMAGE}.fixed_positional_encoder.positions"]
+    x = F.layer_norm(torch.cat([weights[f"{IMAGE}.extra_tokens"], x], 1), (768,), *parts(f"{IMAGE}.context_encoder.norm"), 1e-6)
+    expected = []
+    for name in FAIRSEQ_BLOCKS[:6]:  # post-norm
+        q, k, v = F.linear(x, *parts(f"{name}.attn.qkv")).unflatten(2, (3, 12, 64)).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = F.layer_norm(x + F.linear(mixed, *parts(f"{name}.attn.proj")), (768,), *parts(f"{name}.norm1"), 1e-6)
+        hidden = F.gelu(F.linear(x, *parts(f"{name}.mlp.fc1")))
+        x = F.layer_norm(x + F.linear(hidden, *parts(f"{name}.mlp.fc2")), (768,), *parts(f"{name}.norm2"), 1e-6)
+        expected.append(x)
     with torch.no_grad():
-        ours = student.backbone.block_outputs(x)
-        theirs = data2vec2(torch.load(fairseq, weights_only=True)["model"], x, 6)
-    assert len(ours) == 6
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert_close(student.backbone.block_outputs(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_of_other_peoples_files_must_match(unilm, fairseq, tmp_path):
     """One missing, one unknown, one of another shape; and Data2Vec2 with layer_norm_first, told by its settings or by its final norm."""
     beit = common.create_backbone(d2v_kd.BEIT, img_size=None)
     vit = common.vit_base(depth=3, post_norm=True)
-    for key, value, says in (("blocks.3.attn.v_bias", None, "1 keys are missing .blocks.3.attn.v_bias."),
-                             ("extra", torch.zeros(1), "1 are unknown .extra."),
-                             ("blocks.0.gamma_1", torch.zeros(5), "size mismatch for blocks.0.gamma_1")):
-        weights = torch.load(unilm[0], weights_only=True, mmap=True)["model"] | {key: value}
+    load = {unilm[0]: lambda weights: common.load_weights(beit, d2v_kd.from_unilm(weights), "unilm"),
+            fairseq: lambda weights: d2v_kd.load_blocks(vit, d2v_kd.from_fairseq(weights), "first", "fairseq")}
+    for path, key, value, says in (
+            (unilm[0], "blocks.3.attn.v_bias", None, "1 keys are missing .blocks.3.attn.v_bias."),
+            (unilm[0], "extra", torch.zeros(1), "1 are unknown .extra."),
+            (unilm[0], "blocks.0.gamma_1", torch.zeros(5), "size mismatch for blocks.0.gamma_1"),
+            (fairseq, f"{IMAGE}.context_encoder.blocks.1.mlp.fc1.bias", None, "1 keys are missing .blocks.1.mlp.fc1.bias."),
+            (fairseq, f"{IMAGE}.alibi_scale", torch.zeros(1), f"1 are unknown .{IMAGE}.alibi_scale."),
+            (fairseq, f"{IMAGE}.extra_tokens", torch.zeros(1, 2, 768), "size mismatch for cls_token")):
+        weights = torch.load(path, weights_only=True, mmap=True)["model"] | {key: value}
         with pytest.raises(common.InputError, match=says):
-            common.load_weights(beit, d2v_kd.from_unilm({name: x for name, x in weights.items() if x is not None}), "unilm")
-    for key, value, says in (("context_encoder.blocks.1.mlp.fc1.bias", None, "1 keys are missing .blocks.1.mlp.fc1.bias."),
-                             ("alibi_scale", torch.zeros(1), f"1 are unknown .{IMAGE}.alibi_scale."),
-                             ("extra_tokens", torch.zeros(1, 2, 768), "size mismatch for cls_token")):
-        weights = torch.load(fairseq, weights_only=True, mmap=True)["model"] | {f"{IMAGE}.{key}": value}
-        weights = d2v_kd.from_fairseq({name: x for name, x in weights.items() if x is not None})
-        with pytest.raises(common.InputError, match=says):
-            d2v_kd.load_blocks(vit, weights, "first", "fairseq")
+            load[path]({name: x for name, x in weights.items() if x is not None})
     tokens = {f"{IMAGE}.extra_tokens": torch.ones(1, 1, 768)}
     for content in ({"cfg": {"model": {"layer_norm_first": True}}, "model": tokens}, {"model": {**tokens, "norm.weight": torch.ones(768)}}):
         torch.save(content, tmp_path / "prenorm.pt")
@@ -321,7 +298,7 @@ def test_what_learns(flags):
     states = student.backbone.block_outputs(x)
     if "--proj" in flags:
         states = [F.linear(h, student.proj.weight, student.proj.bias) for h in states]
-    torch.testing.assert_close(student(x), d2v_kd.contextualized_target(states))
+    assert_close(student(x), d2v_kd.contextualized_target(states))
     loss = d2v_kd.kd_loss(student(x), teacher(x))
     loss.backward()
     for name, parameter in student.named_parameters():
@@ -329,11 +306,11 @@ def test_what_learns(flags):
         assert parameter.requires_grad != still and (parameter.grad is None) == still, name
     assert all(parameter.grad is None for parameter in teacher.parameters())
     each = d2v_kd.ImageLoss([student, teacher])(x)
-    torch.testing.assert_close(each[2], d2v_kd.kd_loss(student(x[2:3]), teacher(x[2:3]))[None])
-    torch.testing.assert_close(each.mean(), loss)
+    assert_close(each[2], d2v_kd.kd_loss(student(x[2:3]), teacher(x[2:3]))[None])
+    assert_close(each.mean(), loss)
 
 
-# ------------------------------------------------------------------------------------------------------ P1, P2, P3, P4
+# ------------------------------------------------------------------------------------------------------ P1, P2, P4, P7
 
 
 def gradients(number):
@@ -359,7 +336,7 @@ def test_world_size_does_not_matter(in_processes):
     alone = gradients(0)
     for shared in in_processes(2, gradients):
         for (loss, names, vector), (other_loss, other_names, other) in zip(alone, shared, strict=True):
-            torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+            assert_close(other_loss, loss, rtol=1e-5, atol=0)
             assert len(names) > 20 and other_names == names
             assert (other - vector).norm() / vector.norm() < 1e-5
 
@@ -394,8 +371,8 @@ def test_the_teacher_that_is_trained_here_resumes_too(tmp_path, monkeypatch):
     assert moved.stat().st_mtime_ns == changed
 
 
-@pytest.mark.parametrize("source", ["ours", "timm"])
-def test_teacher_is_untouched(source, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", ["", "--teacher_arch timm/vit_tiny_patch16_224 --arch vit_tiny --img_size 32 --patch_size 16"])
+def test_teacher_is_untouched(flags, teacher, tmp_path, monkeypatch):
     """P4: bit-identical after training, in evaluation mode, no gradient asked for; so is its file."""
     made = []
 
@@ -407,11 +384,8 @@ def test_teacher_is_untouched(source, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(d2v_kd, "Contextualized", Kept)
     init = common.TimmBackbone.__init__
     monkeypatch.setattr(common.TimmBackbone, "__init__", lambda self, name, size, pretrained: init(self, name, size, False))
-    flags = ["--teacher", teacher]
-    if source == "timm":
-        flags = ["--teacher_arch", "timm/vit_tiny_patch16_224", "--arch", "vit_tiny", "--img_size", 32, "--patch_size", 16]
     before = teacher.read_bytes()
-    train(tmp_path, *flags, "--max_steps", 3, "--lr", 0.1)
+    train(tmp_path, *(flags.split() or ["--teacher", teacher]), "--max_steps", 3, "--lr", 0.1)
     (student, start), (frozen, weights) = made
     assert same(dict(frozen.state_dict()), weights) and not same(dict(student.state_dict()), start)
     assert not any(module.training for module in frozen.backbone.modules()) and student.training
@@ -420,16 +394,12 @@ def test_teacher_is_untouched(source, teacher, tmp_path, monkeypatch):
     assert teacher.read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------------ P7: bad input
-
-
 def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
-    """P7: what is wrong and what to do, exit code 2."""
+    """P7: what is wrong and what to do, exit code 2; test_promises.py and test_ibot_rkd.py have what is the same for every script."""
     run = tmp_path / "run"
 
     def check(says, *flags):
-        args = ["--output_dir", run, *flags]
-        assert_one_line_error(finished(capsys, lambda: d2v_kd.train(arguments(*args))), says)
+        assert_one_line_error(finished(capsys, lambda: train(run, *flags)), says)
 
     def saved(backbone):
         torch.save(getattr(backbone, "model", backbone).state_dict(), tmp_path / "file.pth")
@@ -451,8 +421,7 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
 
     # teachers of other people that do not fit
     other = ["--img_size", 224, "--patch_size", 16, "--teacher_arch"]
-    for name in ("resnet18", "timm/resnet18", "timm/cait_xxs24_224", "timm/deit_tiny_distilled_patch16_224",
-                 "timm/vit_medium_patch16_gap_256"):
+    for name in "resnet18 timm/resnet18 timm/cait_xxs24_224 timm/deit_tiny_distilled_patch16_224 timm/vit_medium_patch16_gap_256".split():
         path = saved(common.create_backbone(name, 256 if "gap" in name else 224))
         check(f"{name} has no tokens to learn from", "--teacher", path, *other, name)
     name = "timm/vit_tiny_patch16_224"
@@ -464,30 +433,21 @@ def test_bad_input_gets_one_line(tmp_path, capsys, image_folder, teacher):
 
     # students that do not fit a teacher of ours
     ours = ["--teacher", teacher]
-    check("18 x 18 .*multiple of patch size 4", *ours, "--img_size", 18)
     check("has --patch_size 4, not --patch_size 8", *ours, "--patch_size", 8)
     check("student is 192 wide and the teacher 96.*--proj", *ours, "--arch", "vit_tiny")
     check("the teacher has prenorm blocks.*--student prenorm", *ours, "--init", "teacher")
     check("4 blocks, fewer than --depth 5", *ours, "--student", "prenorm", "--init", "teacher", "--depth", 5)
-    del bare.blocks[0].mlp.fc1.bias
-    check("1 keys are missing .blocks.0.mlp.fc1.bias", *ours, "--student", "prenorm", "--init", saved(bare))
 
-    # images: without labels, damaged, too few
+    # images: without labels, too few
     flat = shutil.copytree(image_folder / "train" / "cat", tmp_path / "flat")
     check("no labels to train a teacher by.*--teacher", "--data", flat, "--batch_size", 4)
     (tmp_path / "one").mkdir()
     shutil.copy(flat / "0.jpg", tmp_path / "one")
     check("one has one image, and that is to test with", "--data", tmp_path / "one")
-    photo = (flat / "0.jpg").read_bytes()
-    (flat / "5.jpg").write_bytes(photo[: len(photo) // 2])
-    check(r"cannot read image \S*flat/5.jpg.*replace or delete", *ours, "--data", flat, "--batch_size", 10)
-    for i in range(1, 12):
-        (flat / f"{i}.jpg").unlink()
-    check("flat has one image", *ours, "--data", flat)
     assert not (run / "checkpoint.pth").exists()
 
 
-# ------------------------------------------------------------------------------------- P8, P10: what is saved and read
+# ------------------------------------------------------------------------- P8, P10, and the paper's numbers
 
 
 @pytest.mark.parametrize("kind", ["postnorm", "prenorm"])
@@ -507,23 +467,17 @@ def test_a_students_checkpoint(kind, teacher, tmp_path):
         theirs = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=96, num_classes=0).eval()
         theirs.load_state_dict(torch.load(tmp_path / "run" / "backbone.pth", weights_only=True), strict=True)
         x = torch.randn(2, 3, 16, 16)
-        torch.testing.assert_close(backbone(x), theirs(x), rtol=1e-4, atol=1e-5)
+        assert_close(backbone(x), theirs(x), rtol=1e-4, atol=1e-5)
         states = theirs.forward_intermediates(x, norm=False, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)
         states = [torch.cat([prefix, patches], 1) for patches, prefix in states]
-        torch.testing.assert_close(backbone.block_outputs(x), states, rtol=1e-4, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ the paper's numbers
-
+        assert_close(backbone.block_outputs(x), states, rtol=1e-4, atol=1e-5)
 
 def test_layer_decay_of_the_paper():
     """Table 1: the rates of a six-block post-norm student with a base rate of 1e-3 and a decay of 0.81."""
     backbone = common.vit_nano(img_size=16, patch_size=4, depth=6, post_norm=True, pos_embed="sincos")
     network = eval_linear.Classifier(backbone, "mean", 10, False)
-    scales = {}
-    for group in eval_linear.layer_decay_groups(network, 0.01, 0.81):
-        scales |= {parameter: group["lr_scale"] for parameter in group["params"]}
-    rates = {name: float(f"{1e-3 * scales[p]:.1e}") for name, p in network.named_parameters() if p.requires_grad}
+    scales = {q: group["lr_scale"] for group in eval_linear.layer_decay_groups(network, 0.01, 0.81) for q in group["params"]}
+    rates = {name: float(f"{1e-3 * scales[q]:.1e}") for name, q in network.named_parameters() if q.requires_grad}
     table = [2.3e-4, 2.8e-4, 3.5e-4, 4.3e-4, 5.3e-4, 6.6e-4, 8.1e-4, 1e-3]
     assert sorted(set(rates.values())) == table
     assert rates["backbone.norm_pre.weight"] == rates["backbone.patch_embed.proj.weight"] == table[0]
@@ -532,18 +486,17 @@ def test_layer_decay_of_the_paper():
 
 def test_recipes_follow_the_paper():
     paper = d2v_kd.RECIPES["imagenet"]
-    assert (paper["epochs"], paper["batch_size"], paper["lr"], paper["weight_decay"]) == (10, 256, 5e-4, 0.01)
-    assert paper["warmup_epochs"] == paper["epochs"] / 10 and paper["views"] == dict(scale=(0.08, 1.0))
-    assert (paper["arch"], paper["img_size"], paper["patch_size"]) == ("vit_base", 224, 16)
+    named = dict(epochs=10, batch_size=256, lr=5e-4, weight_decay=0.01, warmup_epochs=1, views=dict(scale=(0.08, 1.0)),
+                 arch="vit_base", img_size=224, patch_size=16)
+    assert named.items() <= paper.items()
     small = [recipe.keys() for name, recipe in d2v_kd.RECIPES.items() if name != "imagenet"]
     assert all(keys == small[0] for keys in small) and paper.keys() - {"teacher_arch"} < small[0]
 
 
 def test_validation_images_of_a_folder_without_any(image_folder, teacher, tmp_path):
     """Every tenth image of a flat folder is left for the validation loss."""
-    flat = image_folder / "train" / "cat"
-    checkpoint = train(tmp_path, "--data", flat, "--teacher", teacher, "--batch_size", 10, "--max_steps", 1)
-    assert checkpoint["data"].startswith("10 images")  # of 12
+    flags = ["--data", image_folder / "train" / "cat", "--teacher", teacher, "--batch_size", 10, "--max_steps", 1]
+    assert train(tmp_path, *flags)["data"].startswith("10 images")  # of 12
     assert [record["step"] for record in read_log(tmp_path) if "loss_val" in record] == [0, 1]
 
 
