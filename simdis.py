@@ -198,7 +198,8 @@ def build(args) -> tuple[dict, dict]:
         frozen, meta["teacher"] = load_teacher(args.teacher)
         networks |= frozen
     for module in nn.ModuleDict(networks).modules():
-        if isinstance(module, BatchNorm):  # Sec. 4.3 has it off: then the processes matter
+        if isinstance(module, BatchNorm):
+            # off in Sec. 4.3: cheaper, but then the number of processes matters
             module.across_processes = args.sync_bn
     return networks, meta
 
@@ -266,10 +267,12 @@ def train(args) -> None:
         return knn_accuracy(networks[name].backbone, train_data, test_data, args.img_size, device,
                             num_workers=args.num_workers, dtype=args.dtype)
 
-    checks = {"knn": (lambda: knn(meta["network"]), args.knn_every)}
-    if {"student", "teacher"} <= networks.keys():
-        every = args.knn_every if args.stage == "online" else 0  # offline it stays as it is
-        checks = {"knn_teacher": (lambda: knn("teacher"), every), **checks}
+    checks = {}
+    if args.stage == "online" and "teacher" in networks:
+        checks["knn_teacher"] = (lambda: knn("teacher"), args.knn_every)
+    if args.stage == "offline":  # T stays as it is
+        checks["knn_teacher"] = (lambda: knn("teacher"), 0)
+    checks["knn"] = (lambda: knn(meta["network"]), args.knn_every)
     run = Run(args, loader, meta, checks, **networks, optimizer=optimizer, scaler=scaler)
 
     # schedules, a value for each step
