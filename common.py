@@ -105,7 +105,8 @@ def launch(main) -> None:
             sys.exit(2 if isinstance(error, InputError) else 1)
         raise
     if dist.is_initialized():  # not after an error: others may wait for what does not come
-        barrier()  # with torch 2.6 a group that has just worked may wait for itself
+        barrier()
+        time.sleep(0.1)  # torch 2.6 would wait for gloo's threads, and they for Python's lock
         dist.destroy_process_group()
 
 
