@@ -49,7 +49,6 @@ from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------- launch
 
-
 class InputError(Exception):
     """A mistake that the user can mend: `launch` prints it as one line and exits with code 2."""
 
@@ -484,7 +483,6 @@ def load_torchvision(data: str, root: str) -> tuple[ImageData, ImageData]:
 
 # ---------------------------------------------------------------------------------------- views
 
-
 @dataclass(frozen=True)
 class View:
     """How one view is made from an image; the defaults are a plain random crop and flip.
@@ -573,20 +571,19 @@ def crop_and_resize_each(images: list[Tensor], boxes: Tensor, out: int) -> Tenso
                         for image, box in zip(images, boxes, strict=True)])  # (B, 3, out, out)
 
 
-# the four jitters: images (B, 3, S, S) in [0, 1], strengths (B, 1, 1, 1) about 0
+JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
-def adjust_brightness(x: Tensor, strength: Tensor) -> Tensor:
-    return (x * (1 + strength)).clamp_(0, 1)
-
-
-def adjust_contrast(x: Tensor, strength: Tensor) -> Tensor:
-    mean = tv.rgb_to_grayscale(x).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
-    return torch.lerp(mean, x, 1 + strength).clamp_(0, 1)
-
-
-def adjust_saturation(x: Tensor, strength: Tensor) -> Tensor:
-    return torch.lerp(tv.rgb_to_grayscale(x), x, 1 + strength).clamp_(0, 1)
+def adjust(x: Tensor, jitter: str, strength: Tensor) -> Tensor:
+    """One jitter of images (B, 3, S, S) in [0, 1], with strengths (B, 1, 1, 1) about 0."""
+    if jitter == "brightness":
+        return (x * (1 + strength)).clamp_(0, 1)
+    if jitter == "hue":
+        return adjust_hue(x, strength)
+    grey = tv.rgb_to_grayscale(x)  # (B, 1, S, S)
+    if jitter == "contrast":
+        grey = grey.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return torch.lerp(grey, x, 1 + strength).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, strength: Tensor) -> Tensor:
@@ -603,10 +600,6 @@ def adjust_hue(x: Tensor, strength: Tensor) -> Tensor:
     nearness = [(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()]
     nearness = torch.stack(nearness, 1).clamp_(0, 1)  # (B, 3, S, S)
     return nearness.mul_(chroma[:, None]).add_((value - chroma)[:, None])  # (B, 3, S, S)
-
-
-JITTERS = (("brightness", adjust_brightness), ("contrast", adjust_contrast),
-           ("saturation", adjust_saturation), ("hue", adjust_hue))
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -645,11 +638,11 @@ def augment(x: Tensor, view: View, u: Tensor, order: list[int]) -> Tensor:
         x[rows] = x[rows].flip(-1)
     for place in order:
         # where the jitter is not drawn, a strength of zero leaves the image as it is
-        name, adjust = JITTERS[place]
+        jitter = JITTERS[place]
         if view.p_jitter and view.jitter[place]:
-            strength = view.jitter[place] * (2 * u[:, COLUMNS[name]] - 1)  # (B,)
+            strength = view.jitter[place] * (2 * u[:, COLUMNS[jitter]] - 1)  # (B,)
             strength = strength * (u[:, COLUMNS["p_jitter"]] < view.p_jitter)
-            x = adjust(x, to_device(strength, x.device)[:, None, None, None])
+            x = adjust(x, jitter, to_device(strength, x.device)[:, None, None, None])
     if view.grey:
         rows = chosen("grey", view.grey)
         x[rows] = tv.rgb_to_grayscale(x[rows], 3)
@@ -795,7 +788,6 @@ def eval_batches(data: ImageData, rows, size: int, device, batch_size=256, num_w
 
 
 # ------------------------------------------------------------------------------------ backbones
-
 
 class Attention(nn.Module):
     """Multi-head self-attention over T tokens."""
@@ -1123,7 +1115,6 @@ def create_backbone(arch: str, img_size: int | None = 224, patch_size: int = 16,
 
 # ------------------------------------------------------ EMA, schedules, groups of parameters
 
-
 @torch.no_grad()
 def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """In place, for every parameter: teacher = momentum * teacher + (1 - momentum) * student.
@@ -1156,7 +1147,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------- collectives
-
 
 class Gather(torch.autograd.Function):
     """all_gather with the gradient that dist.all_gather does not give."""
@@ -1332,9 +1322,7 @@ def backbone_weights(content: dict, network: str | None = None) -> dict:
     # its keys, without what torch.compile puts into them and others before them
     weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
     prefixes = PREFIXES[None] + PREFIXES[network or "student"]
-    before = None
-    while weights is not before:  # until none is left
-        before = weights
+    while any(key.startswith(prefixes) for key in weights):  # until none is left
         for prefix in prefixes:
             below = {key.removeprefix(prefix): value for key, value in weights.items()
                      if key.startswith(prefix)}
@@ -1464,7 +1452,6 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
 
 # ------------------------------------------------------------------------------------- monitors
 
-
 @torch.no_grad()
 def extract_features(backbone: nn.Module, data: ImageData, size: int, device, layers=False,
                      rows=None, batch_size=256, num_workers=0, dtype="fp32", mean=MEAN,
@@ -1567,7 +1554,6 @@ def prepare_files(paths, overwrite: bool) -> None:
 
 
 # ----------------------------------------------------------------------------------------- runs
-
 
 class Run:
     """Output folder of one training run: checkpoint.pth, backbone.pth (bare weights), log.jsonl and
@@ -1736,28 +1722,20 @@ class Run:
         stopping = len(signals) > 0
         if world_size() > 1:  # processes get a signal at different steps: they agree where they log
             stopping = logging and self.signalled()
-        saving = last or stopping or self.ends_epoch(step, self.args.save_every)
         due = self.due(step)
-        if not (saving or due):
+        if not (due or last or stopping or self.ends_epoch(step, self.args.save_every)):
             return
         # saving and checks, whose time is not that of the steps
         paused = time.perf_counter()
         self.prepare_weights(step)
-        if saving:
-            self.save(step)
-        try:
-            # a signal ends a check at once, but not the run: what is trained is still saved
-            Run.in_step = stopping
-            self.check(step, [] if stopping else due)
-        except KeyboardInterrupt:
-            stopping = True
-            Run.in_step = True
-            self.save(step)
-        Run.in_step = True
-        if rank() == 0 and (due or last or stopping):
-            self.draw_curves()
-        if stopping:
+        self.save(step)
+        if self.signalled():  # by now
             self.leave(step)
+        Run.in_step = False  # a signal ends a check at once: what is trained has been saved
+        self.check(step, due)
+        Run.in_step = True
+        if rank() == 0 and (due or last):
+            self.draw_curves()
         barrier()  # the others wait for what the first process writes
         self.clock += time.perf_counter() - paused  # speed is that of the steps alone
 
@@ -1890,8 +1868,6 @@ class Run:
 CORES = min(8, os.cpu_count() or 1)
 if hasattr(os, "sched_getaffinity"):  # those that we may use, where the system says
     CORES = min(8, len(os.sched_getaffinity(0)))
-RECIPE_OF = dict(cifar100="cifar10", svhn="cifar10", stl10="cifar10", flowers102="imagenet",
-                 pets="imagenet", cars="imagenet", aircraft="imagenet")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1977,7 +1953,7 @@ def add_system_arguments(parser, output_dir: str) -> None:
     add("--resume", action="store_true", help="go on from output_dir/checkpoint.pth if it exists")
     add("--overwrite", action="store_true", help="replacement of what output_dir holds")
     add("--save_every", type=at_least(0), default=1, help="epochs between checkpoints; 0: none "
-        "but at the end")
+        "but before checks and at the end")
     add("--log_every", type=at_least(1), default=10, help="steps between log records, where "
         "several processes heed signals (default: 10)")
 
@@ -1985,7 +1961,7 @@ def add_system_arguments(parser, output_dir: str) -> None:
 def apply_recipe(args, recipes: dict, data: ImageData) -> dict:
     """Fills what was not given from a recipe, says which, and returns it: that of --recipe, of the
     data set, or by the size that is trained at, CIFAR-10's up to 64 pixels and ImageNet's above."""
-    name = args.recipe or RECIPE_OF.get(args.data, args.data)
+    name = args.recipe or args.data
     if args.recipe and name not in recipes:
         raise InputError(f"unknown --recipe {name}: use one of {' '.join(recipes)}")
     if name not in recipes:

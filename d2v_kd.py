@@ -112,7 +112,6 @@ def kd_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- model
 
-
 class Contextualized(nn.Module):
     """A backbone seen through Eqs. 1-5: images -> (B, T, D).
 
@@ -206,14 +205,6 @@ def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized,
 
 # ------------------------------------------------------------------------------------- training
 
-
-def make_optimizer(args, network: nn.Module, device):
-    """AdamW of the paper, and the scaler of its gradients for fp16."""
-    groups = parameter_groups(network, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
-    return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-
-
 def load_images(args) -> tuple[ImageData, ImageData]:
     """To train and to test with; where there are no test images, every tenth image is one."""
     train_data, test_data = load_data(args.data, args.data_path)
@@ -227,7 +218,7 @@ def load_images(args) -> tuple[ImageData, ImageData]:
 
 
 def train(args) -> None:
-    # data and networks; where no flag does, the teacher's file decides the student's sizes
+    # data and networks; the teacher's file decides what no flag does
     device = setup(args)
     train_data, test_data = load_images(args)
     if args.teacher:
@@ -258,7 +249,9 @@ def train(args) -> None:
     if args.compile:
         student.compile()
         teacher.compile()
-    optimizer, scaler = make_optimizer(args, student, device)
+    groups = parameter_groups(student, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
 
     # the run: one view of each image, validation loss and k-NN
     options = dict(num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])
@@ -335,7 +328,9 @@ def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn
     model = distributed(teacher)
     if args.compile:
         teacher.compile()
-    optimizer, scaler = make_optimizer(args, teacher, device)
+    groups = parameter_groups(teacher, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     labelled = train_data.subset((train_data.labels >= 0).nonzero()[:, 0])
     view = View(args.img_size, **recipe["views"])
     loader = ViewLoader(labelled, [view], args.batch_size, args.seed, device, args.num_workers)
@@ -361,14 +356,9 @@ def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn
 
 # ------------------------------------------------------------------------------------ arguments
 
-
-def teacher_or_file(text: str) -> str:
-    return text if text == "teacher" else existing_file(text)
-
-
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser, "d2v_kd", init_type=teacher_or_file)
+    add_arguments(parser, "d2v_kd", init_type=lambda x: x if x == "teacher" else existing_file(x))
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", type=existing_file, metavar="FILE",
         help="ours, unilm's BEiTv2, or any ViT's (default: trained here, or timm's)")
@@ -384,7 +374,6 @@ def parse_arguments(argv=None):
 
 
 # ------------------------------------------------------------------ keys of other people's files
-
 
 def from_unilm(weights: dict) -> dict:
     """unilm's BEiT -> timm's. A table of positions for all blocks is copied to each."""

@@ -89,7 +89,6 @@ METRICS = {  # the first is the one that is drawn and compared
 
 # ------------------------------------------------------------------------------------------ k-NN
 
-
 def knn(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """Top-1 and top-5 in per cent, a row for each layer and k; none without labels."""
     # images
@@ -172,7 +171,6 @@ def top1_top5(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Te
 
 
 # ----------------------------------------------------------------------- descriptors of photographs
-
 
 def read_photographs(files: list, task: str, size: int, patch: int) -> list[Tensor]:
     """Files (path, box) as uint8 (3, H, W), resized bicubically to multiples of `patch`.
@@ -263,7 +261,6 @@ def descriptors(backbone, files: list, meta: dict, device, args) -> list[Tensor]
 
 # ------------------------------------------------------------------ retrieval and copy detection
 
-
 def search(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """mAP and mP@k in per cent, a row for each layer and setup."""
     # images, and for each query which of them are right
@@ -335,7 +332,6 @@ def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------- video segmentation
-
 
 def video(data: str, backbone, meta: dict, device, args) -> list[dict]:
     """J and F of each layer; the processes share the sequences."""
@@ -470,7 +466,6 @@ def contour_accuracy(predicted: np.ndarray, true: np.ndarray, tolerance: float =
 
 # -------------------------------------------------------------------------------------- results
 
-
 def print_rows(rows: list[dict], names: list[str]) -> None:
     """A line for each layer and setup of one data set; names: of the metrics."""
     column = "k" if "top-1" in names else "setup"
@@ -525,7 +520,6 @@ def save_results(rows: list[dict], args) -> None:
 
 
 # ------------------------------------------------------------------------------------ arguments
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
@@ -633,7 +627,6 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------- files of the benchmarks
-
 
 class PickledDtype:
     """Stands for numpy.dtype: numbers and strings alone, never a structure or a pointer."""

@@ -106,7 +106,6 @@ VECTORS = dict(cls=1, mean=1, both=2)  # of a pooled feature
 
 # -------------------------------------------------------------------------- features and models
 
-
 def pooled_layers(backbone: nn.Module, x: Tensor, pool: str, layers: bool) -> list[Tensor]:
     """Images (B, 3, S, S) -> features of all layers, or of the last one alone: a list of (B, D_l),
     each after the final norm."""
@@ -222,7 +221,6 @@ def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 
 
-
 def seed_globals(*key: int) -> None:
     """Makes what timm draws next, from Python, NumPy and PyTorch, a function of `key` alone."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -298,7 +296,6 @@ def hold_out(data: ImageData, share: float, seed: int) -> tuple[ImageData, Image
 
 
 # ------------------------------------------------------------------------------------- training
-
 
 def train_probes(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, nn.Module]:
     """Probes of frozen features -> the run, and the backbone with its probes."""
@@ -424,7 +421,6 @@ def finetune(args, backbone, loader: ViewLoader, meta: dict) -> tuple[Run, nn.Mo
 
 # ------------------------------------------------------------------------------------- accuracy
 
-
 @torch.no_grad()
 def evaluate(run: Run, network: nn.Module, data: ImageData, name: str) -> Tensor:
     """Whole images through a network with logits (L, B, R, C) -> (3, L, R): top-1 and top-5 in per
@@ -502,7 +498,6 @@ def choose_and_test(run: Run, network: nn.Module, held: ImageData, test: ImageDa
 
 
 # ------------------------------------------------------------------------------------ arguments
-
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
@@ -650,7 +645,6 @@ def main() -> None:
 
 
 # --------------------------------------------------------------------------- multi-exit curves
-
 
 def compare(folders: list, output_dir: Path) -> list[str]:
     """Draws test top-1 over the layers of finished probes: the mean of the runs whose folders

@@ -49,6 +49,7 @@ RKD-A to 76.7 %, iBOT with as many views to 78.1 %.
 """
 import copy
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -304,7 +305,6 @@ def masked_rows(masks: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------- model
 
-
 class Head(nn.Module):
     """MLP, L2 norm, and a weight-normalised linear layer whose gains stay 1."""
 
@@ -397,7 +397,6 @@ def build(args) -> tuple[Student, Teacher, dict]:
 
 # ------------------------------------------------------------------------------------- training
 
-
 def make_views(args, recipe: dict) -> list[View]:
     """Global views, BYOL's two kinds in turn, then local crops, of smaller scales."""
     options = dict(recipe["views"])
@@ -482,11 +481,9 @@ def train(args) -> None:
     # the run: V global views and L local crops of each image, k-NN of the teacher
     views = make_views(args, recipe)
     loader = ViewLoader(train_data, views, args.batch_size, args.seed, device, args.num_workers)
-
-    def knn():
-        return knn_accuracy(teacher.backbone, train_data, test_data, args.img_size, device,
-                            num_workers=args.num_workers, dtype=args.dtype)
-
+    knn = functools.partial(
+        knn_accuracy, teacher.backbone, train_data, test_data, args.img_size, device,
+        num_workers=args.num_workers, dtype=args.dtype)
     run = Run(args, loader, meta, {"knn": (knn, args.knn_every)}, student=student,
               teacher=teacher, optimizer=optimizer, scaler=scaler)
 
@@ -559,7 +556,6 @@ def train(args) -> None:
 
 # ------------------------------------------------------------------------------------ arguments
 
-
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_arguments(parser, "ibot_rkd")
@@ -597,7 +593,6 @@ def parse_arguments(argv=None):
 
 
 # ---------------------------------------------------------------------------- attention (Fig. 3)
-
 
 @torch.no_grad()
 def attention_maps(backbone: VisionTransformer, x: Tensor) -> Tensor:

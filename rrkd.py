@@ -62,9 +62,10 @@ from torchvision.models.resnet import BasicBlock
 from common import (MEAN, RESNETS, STD, BatchNorm, ImageData, InputError, Parser, ResNet, Run, View,
                     ViewLoader, add_arguments, apply_recipe, at_least, autocast, backbone_weights,
                     barrier, cosine_schedule, create_backbone, distributed, draw, eval_batches,
-                    existing_file, extract_features, fp32, gather, knn_accuracy, launch, load_data,
-                    load_weights, local_rows, log, meta_of, parameter_groups, rank, read_checkpoint,
-                    save_figure, setup, start_from, subplots, to_device, world_size)
+                    existing_file, extract_features, fp32, gather, is_moco_small, knn_accuracy,
+                    launch, load_data, load_weights, local_rows, log, meta_of, parameter_groups,
+                    rank, read_checkpoint, save_figure, setup, start_from, subplots, to_device,
+                    world_size)
 
 # -------------------------------------------------------------------------------------- recipes
 
@@ -89,7 +90,6 @@ RECIPES = {
 }
 
 # --------------------------------------------------------------------------------------- losses
-
 
 def unit(x: Tensor) -> Tensor:
     """Rows of length one. A row of zeros stays, without F.normalize's gradient of 1e12."""
@@ -287,15 +287,16 @@ def load_teacher(path, args) -> Network:
         arch=args.teacher_arch, img_size=args.img_size, patch_size=args.patch_size)
     if options["arch"] in MLPS and options["img_size"] != args.img_size:
         raise InputError(f"{path} takes {options['img_size']}-pixel images: leave --img_size out")
+    weights = backbone_weights(content)
+    if is_moco_small(weights, content):
+        options["num_heads"] = 12
     backbone = make_backbone(**options)
-    load_weights(backbone, backbone_weights(content), path)
+    load_weights(backbone, weights, path, as_dino=not meta)
     mean = meta.get("mean") or getattr(backbone, "mean", args.mean)  # its file, timm, or recipe
     std = meta.get("std") or getattr(backbone, "std", args.std)
     teacher = Network(options["arch"], backbone, meta.get("classes", 0), mean, std)
     if teacher.classifier:
-        weights = {name.removeprefix("classifier."): value
-                   for name, value in content["student"].items() if name.startswith("classifier.")}
-        teacher.classifier.load_state_dict(weights)
+        teacher.load_state_dict(content["student"], strict=False)  # its projection is left out
     if args.compile:
         backbone.compile()
     return teacher.eval().requires_grad_(False)
@@ -335,7 +336,6 @@ def build(args, classes: int, teacher: Network | None) -> tuple[Network, dict]:
 
 
 # ------------------------------------------------------------------------------------- training
-
 
 def prepare(args) -> tuple[ImageData, ImageData | None, ImageData | None]:
     """Fills `args` from the recipe -> images to train, check k-NN and test with."""
@@ -556,8 +556,7 @@ def train(args) -> None:
     """Trains teacher, unless a file holds it, baseline, and student."""
     device = setup(args)
     if args.teacher and not args.img_size:
-        backbone = meta_of(read_checkpoint(args.teacher)).get("backbone", {})
-        args.img_size = backbone.get("img_size")
+        args.img_size = meta_of(read_checkpoint(args.teacher)).get("backbone", {}).get("img_size")
     data = prepare(args)
     train_data, _, test_data = data
     C = len(train_data.classes)
@@ -600,7 +599,6 @@ def train(args) -> None:
 
 
 # ------------------------------------------------------------------------------------ arguments
-
 
 def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction

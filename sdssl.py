@@ -87,7 +87,6 @@ RECIPES = {
 
 # --------------------------------------------------------------------------------------- losses
 
-
 @fp32
 def contrastive_loss(q: Tensor, z: Tensor, labels: Tensor, tau: float,
                      excluded: Tensor | None = None) -> Tensor:
@@ -165,7 +164,6 @@ def mocov3_losses(q1, q2, z1, z2, p1=None, p2=None, tau: float = 0.2) -> dict[st
 
 
 # ---------------------------------------------------------------------------------------- model
-
 
 def stack_layers(layers: list[Tensor]) -> Tensor:
     """L of (B, D_l) -> (L, B, D): a ResNet's lower stages are narrower, and zeros add nothing."""
@@ -289,9 +287,8 @@ def build(args) -> tuple[Student, Teacher | None, dict]:
     if args.init:
         start_from(backbone, args.init)
     for name, parameter in backbone.named_parameters():
-        if name.startswith(("patch_embed.", "model.patch_embed.")):  # ours, timm's
-            # frozen at its start, as in MoCo v3
-            parameter.requires_grad_(not args.stop_grad_conv1)
+        if "patch_embed." in name and args.stop_grad_conv1:
+            parameter.requires_grad_(False)  # frozen at its start, as in MoCo v3
     student = Student(backbone, args.framework, args.sd, args.isd_every, args.isd_mlp, args.hidden,
                       args.isd_hidden)
     teacher = Teacher(student) if args.framework != "simclr" else None
@@ -300,7 +297,6 @@ def build(args) -> tuple[Student, Teacher | None, dict]:
 
 
 # ------------------------------------------------------------------------------------- training
-
 
 def train(args) -> None:
     # data and networks
@@ -389,7 +385,6 @@ def train(args) -> None:
 
 # ------------------------------------------------------------------------------------ arguments
 
-
 def parse_arguments(argv=None):
     flag = argparse.BooleanOptionalAction
     parser = Parser(description=__doc__.split("\n\n")[0])
@@ -403,7 +398,7 @@ def parse_arguments(argv=None):
     add("--beta", type=at_least(0.0), default=1.0, help="weight of loss_pred (default: 1)")
     add("--isd_every", type=at_least(1), default=1, help="step between distilled layers")
     add("--isd_mlp", type=int, default=3, choices=[0, 2, 3], help="depth of the lower projectors")
-    add("--hidden", type=at_least(1), help="width of the last projector and the predictors")
+    add("--hidden", type=at_least(1), help="width of last projector and predictors")
     add("--isd_hidden", type=at_least(1), help="width of the lower projectors")
     add("--momentum", type=at_least(0.0), help="the teacher's first, rising to 1")
     add("--num_heads", type=at_least(1), help="attention heads (default: timm's; MoCo v3: 12)")
@@ -414,7 +409,6 @@ def parse_arguments(argv=None):
 
 
 # ------------------------------------------------------------------ analysis (Figs. 5 to 8)
-
 
 def alignment(x: Tensor, y: Tensor, gamma: float = 2.0) -> Tensor:
     """Mean distance of positive pairs (n, D), to the power gamma, on the unit sphere."""

@@ -46,7 +46,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import (MEAN, STD, BatchNorm, InputError, Parser, Run, ViewLoader, add_arguments,
                     apply_recipe, at_least, autocast, byol_views, cosine_schedule, create_backbone,
@@ -91,7 +90,6 @@ RECIPES = {  # rates: base learning rate and weight decay with each optimiser
 
 # --------------------------------------------------------------------------------------- losses
 
-
 @fp32
 def regression_loss(p: Tensor, z: Tensor) -> Tensor:
     """Mean squared distance of the normalised rows of p and z (B, K): 2 - 2 cos."""
@@ -114,12 +112,10 @@ def target_losses(p: list[dict], z: dict[str, list]) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------- model
 
-
 def mlp(dim: int, hidden: int) -> nn.Sequential:
     """Sec. 4, for projectors and predictors: FC(4096) + BN + ReLU + FC(256)."""
-    first = nn.Linear(dim, hidden)
-    last = nn.Linear(hidden, 256)
-    return nn.Sequential(first, BatchNorm(hidden), nn.ReLU(), last)
+    return nn.Sequential(nn.Linear(dim, hidden), BatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, 256))
 
 
 class Encoder(nn.Module):
@@ -167,16 +163,14 @@ def load_teacher(path: str) -> tuple[dict, dict]:
 
 def build(args) -> tuple[dict, dict]:
     """-> the networks of this stage by name, and what a reader of the checkpoint must know."""
-    learners = {
-        "teacher": ["teacher"],
-        "offline": ["student"],
-        "online": ["student", "teacher"],
-    }
-    names = learners[args.stage]
-    if not any(TARGETS[target][0].startswith("teacher") for target in args.targets):
-        if args.stage == "offline":
-            raise InputError("--stage offline with no target of the teacher: use --stage online")
-        names = ["student"]
+    asked = any(TARGETS[target][0].startswith("teacher") for target in args.targets)
+    if args.stage == "offline" and not asked:
+        raise InputError("--stage offline with no target of the teacher: use --stage online")
+    names = ["student"]  # those that learn
+    if args.stage == "teacher":
+        names = ["teacher"]
+    elif args.stage == "online" and asked:
+        names = ["student", "teacher"]
     saved = names[0]
     sizes = dict(img_size=args.img_size, patch_size=args.patch_size, pos_embed="sincos")
     options = {"student": dict(sizes, arch=args.arch, depth=args.depth or None),
@@ -216,7 +210,6 @@ def make_optimizer(args, learners: nn.Module, fused: bool) -> torch.optim.Optimi
 
 # ------------------------------------------------------------------------------------- training
 
-
 def complete(args, recipe: dict) -> None:
     """Fills in the targets, in the order of the table, and the rates of the optimiser."""
     if (args.stage == "offline") != bool(args.teacher):
@@ -244,7 +237,6 @@ def train(args) -> None:
     recipe = apply_recipe(args, RECIPES, train_data)
     complete(args, recipe)
     networks, meta = build(args)
-    log_networks(networks, meta, args.img_size)
     for network in networks.values():
         network.to(device)
         if args.compile:
@@ -268,10 +260,9 @@ def train(args) -> None:
                             num_workers=args.num_workers, dtype=args.dtype)
 
     checks = {}
-    if args.stage == "online" and "teacher" in networks:
-        checks["knn_teacher"] = (lambda: knn("teacher"), args.knn_every)
-    if args.stage == "offline":  # T stays as it is
-        checks["knn_teacher"] = (lambda: knn("teacher"), 0)
+    if args.stage != "teacher" and "teacher" in networks:
+        every = args.knn_every if args.stage == "online" else 0
+        checks["knn_teacher"] = (lambda: knn("teacher"), every)
     checks["knn"] = (lambda: knn(meta["network"]), args.knn_every)
     run = Run(args, loader, meta, checks, **networks, optimizer=optimizer, scaler=scaler)
 
@@ -328,7 +319,6 @@ def train(args) -> None:
 
 # ------------------------------------------------------------------------------------ arguments
 
-
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_arguments(parser, "simdis")
@@ -350,38 +340,6 @@ def parse_arguments(argv=None):
     if args.stage == "teacher" and args.arch and not args.teacher_arch:
         parser.error("--arch is the student's, and --stage teacher trains none: --teacher_arch")
     return args
-
-
-# -------------------------------------------------------------- cost of the networks (Table 1)
-
-
-@torch.no_grad()
-def multiply_adds(network: nn.Module, img_size: int) -> float:
-    """Of one image. On the meta device, so nothing is computed."""
-    network = copy.deepcopy(network).to("meta").eval()
-    with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, 3, img_size, img_size, device="meta"))
-    return counter.get_total_flops() / 2
-
-
-def log_networks(networks: dict, meta: dict, img_size: int) -> dict[str, float]:
-    """Logs sizes and, as in Table 1, the multiply-adds of one image: T's forward pass (twice
-    where it was trained before), S's, and those of S's predictors."""
-    flops = {}
-    for name in ("teacher", "student"):
-        if name in networks:
-            network = networks[name]
-            encoder = Encoder(network.backbone, network.projector)
-            flops[name] = multiply_adds(encoder, img_size)
-            if not isinstance(network, Learner):
-                flops[name] *= 2
-            parameters = sum(p.numel() for p in network.backbone.parameters()) / 1e6
-            log(f"{name}: {meta[name]['arch']} of {parameters:.1f} M parameters")
-    if "student" in networks:
-        flops["predictors"] = multiply_adds(networks["student"], img_size) - flops["student"]
-    counts = [f"{name} {count / 1e6:,.1f} M" for name, count in flops.items()]
-    log(f"multiply-adds of an image, as in Table 1: {' + '.join(counts)}")
-    return flops
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ probes        a step of 12 layers x 8 learning rates, against one probe of the l
 relations     peak extra memory and time of ibot_rkd's relational losses at batch 256, 4 views, 8192 outputs
 augmentation  two views of 32 x 32 images in memory, against torchvision on PIL, on one core each
 loading       JPEG files to two views of 224 pixels, against the same
+cost          multiply-adds of SimDis's networks for one image (its Table 1, where a teacher that was trained before counts twice)
 """
 import argparse
 import json
@@ -25,11 +26,13 @@ import torch
 import torch.multiprocessing as mp
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import ibot_rkd  # noqa: E402
+import simdis  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -74,8 +77,6 @@ def watched(command: list[str]) -> tuple[float, float]:
 
 def count_flops(number, rows, results) -> None:
     """In a process of its own: floating-point operations of a training step for one image, forward and backward, of each row."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     flops = {}
     sys.stdout = sys.stderr = open(os.devnull, "w")
     for name, (script, flags) in rows.items():
@@ -313,8 +314,26 @@ def loading(photos: Path | None, device: torch.device) -> dict:
         return bench_loading(photos or Path(made), device)
 
 
+def multiply_adds(network: torch.nn.Module, *shape: int) -> float:
+    """Of a forward pass of one input. The network is on the meta device, so that nothing is computed."""
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+def bench_cost() -> dict:
+    with torch.device("meta"):
+        networks = {f"{arch} and projector": simdis.Encoder(backbone, simdis.mlp(backbone.embed_dim, 4096))
+                    for arch, backbone in ((arch, common.create_backbone(arch, 224)) for arch in ("resnet50", "resnet18"))}
+        figures = {name: multiply_adds(network, 3, 224, 224) for name, network in networks.items()}
+        figures["a predictor"] = multiply_adds(simdis.mlp(256, 4096), 256)
+    for name, count in figures.items():
+        print(f"{name:<27}{count / 1e6:10,.1f} M multiply-adds an image")
+    return figures
+
+
 if __name__ == "__main__":
-    parts = ["training", "evaluation", "probes", "relations", "augmentation", "loading"]
+    parts = ["training", "evaluation", "probes", "relations", "cost", "augmentation", "loading"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rows", nargs="+", default=[""], help="of `training`: those whose name holds one of these, such as SimDis")
@@ -332,7 +351,7 @@ if __name__ == "__main__":
         training=lambda: bench_training(device, arguments.batch_size or (256 if device.type == "cuda" else 16), arguments.repeats,
                                         arguments.rows, arguments.flags.split()),
         evaluation=lambda: bench_evaluation(arguments.repeats), probes=lambda: bench_probes(arguments.repeats),
-        relations=lambda: bench_relations(device), loading=lambda: loading(arguments.photos, device),
+        relations=lambda: bench_relations(device), cost=bench_cost, loading=lambda: loading(arguments.photos, device),
         augmentation=lambda: bench_augmentation(device))
     for part in parts:  # those that set the number of threads come last
         if part in arguments.only:
