@@ -27,7 +27,7 @@ C classes, S side of an image.
 
     python rrkd.py                                        digits, half a minute: teacher 95.0 %,
                                                           baseline 88.3, student 93.6 (probe)
-    python rrkd.py --loss spkd --output_dir runs/spkd     a rival; others: lpkd, kd, feature
+    python rrkd.py --loss spkd --output_dir runs/spkd     a rival; or lpkd, feature, kd (logits)
     python rrkd.py --table 1 --data_path DIR              a table of the paper, three seeds
     python rrkd.py --data DIR --teacher runs/sdssl/checkpoint.pth --no-labels --no-baseline
     torchrun --nproc_per_node=8 rrkd.py --data pets       ResNet-34, fine-tuned, into ResNet-18
