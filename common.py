@@ -1427,6 +1427,8 @@ def load_backbone(checkpoint: str | None, arch=None, patch_size=None, img_size=N
             options["num_heads"] = num_heads or (12 if is_moco_small(weights, content) else None)
         elif arch in RESNETS:
             options["img_size"] = img_size or 224
+        elif is_moco_small(weights, content):
+            raise InputError(f"{checkpoint} is MoCo v3's ViT-S of 12 heads: pass --arch vit_small")
     backbone = create_backbone(**options, pretrained=not checkpoint)
     source = "random weights, for want of --checkpoint"
     if checkpoint:
