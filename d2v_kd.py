@@ -205,6 +205,13 @@ def build_student(args, teacher: nn.Module, meta: dict) -> tuple[Contextualized,
 
 # ------------------------------------------------------------------------------------- training
 
+def make_optimizer(args, network: nn.Module, device):
+    """AdamW of the paper, and the scaler of its gradients for fp16."""
+    groups = parameter_groups(network, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
+    return optimizer, torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+
+
 def load_images(args) -> tuple[ImageData, ImageData]:
     """To train and to test with; where there are no test images, every tenth image is one."""
     train_data, test_data = load_data(args.data, args.data_path)
@@ -249,9 +256,7 @@ def train(args) -> None:
     if args.compile:
         student.compile()
         teacher.compile()
-    groups = parameter_groups(student, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    optimizer, scaler = make_optimizer(args, student, device)
 
     # the run: one view of each image, validation loss and k-NN
     options = dict(num_workers=args.num_workers, mean=meta["mean"], std=meta["std"])
@@ -328,9 +333,7 @@ def train_teacher(args, recipe: dict, train_data: ImageData, device) -> tuple[nn
     model = distributed(teacher)
     if args.compile:
         teacher.compile()
-    groups = parameter_groups(teacher, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    optimizer, scaler = make_optimizer(args, teacher, device)
     labelled = train_data.subset((train_data.labels >= 0).nonzero()[:, 0])
     view = View(args.img_size, **recipe["views"])
     loader = ViewLoader(labelled, [view], args.batch_size, args.seed, device, args.num_workers)

@@ -219,8 +219,6 @@ def sample_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 # ------------------------------------------------------------------ data, timm's augmentations
 
-
-
 def seed_globals(*key: int) -> None:
     """Makes what timm draws next, from Python, NumPy and PyTorch, a function of `key` alone."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -502,7 +502,8 @@ def analyze(args) -> None:
         cka_axes[0, i].set(title=name, xlabel="layer", ylabel="layer")
 
         # Fig. 5
-        features = extract_features(backbone, data, rows=ten_classes, **options)  # L of (n, D)
+        if not torch.equal(ten_classes, rows):
+            features = extract_features(backbone, data, rows=ten_classes, **options)  # L of (n, D)
         shown = torch.linspace(0, L - 1, 6).round().int().unique().tolist()
         for axis, l in zip(tsne_axes[i], shown, strict=False):
             tsne = TSNE(init="pca", perplexity=min(30, len(ten_classes) / 4), random_state=0)

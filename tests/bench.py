@@ -323,9 +323,11 @@ def multiply_adds(network: torch.nn.Module, *shape: int) -> float:
 
 def bench_cost() -> dict:
     with torch.device("meta"):
-        networks = {f"{arch} and projector": simdis.Encoder(backbone, simdis.mlp(backbone.embed_dim, 4096))
-                    for arch, backbone in ((arch, common.create_backbone(arch, 224)) for arch in ("resnet50", "resnet18"))}
-        figures = {name: multiply_adds(network, 3, 224, 224) for name, network in networks.items()}
+        figures = {}
+        for arch in ("resnet50", "resnet18"):
+            backbone = common.create_backbone(arch, 224)
+            encoder = simdis.Encoder(backbone, simdis.mlp(backbone.embed_dim, 4096))
+            figures[f"{arch} and projector"] = multiply_adds(encoder, 3, 224, 224)
         figures["a predictor"] = multiply_adds(simdis.mlp(256, 4096), 256)
     for name, count in figures.items():
         print(f"{name:<27}{count / 1e6:10,.1f} M multiply-adds an image")

@@ -1264,6 +1264,13 @@ def test_the_recipe_can_be_named(capsys):
     refused("unknown --recipe cifar11: use one of digits cifar10", common.apply_recipe, args, recipes, memory_data())
 
 
+@pytest.mark.parametrize("data, img_size, lr", [("digits", 96, 1.0), ("cars", 64, 2.0), ("cars", 65, 3.0), ("cifar100", None, 2.0)])
+def test_without_a_recipe_of_its_own_the_size_decides(data, img_size, lr):
+    args = argparse.Namespace(recipe=None, data=data, img_size=img_size, lr=None, device="cpu", dtype="fp32")
+    common.apply_recipe(args, {"digits": {"lr": 1.0}, "cifar10": {"lr": 2.0}, "imagenet": {"lr": 3.0}}, memory_data())
+    assert args.lr == lr
+
+
 @pytest.mark.parametrize("end, code, says", [
     (lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)), 128 + signal.SIGTERM, "stopped by SIGTERM"),
     (Mock(side_effect=RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")), 1,

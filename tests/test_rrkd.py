@@ -405,8 +405,10 @@ def test_any_teacher(tmp_path):
     assert tuple(teacher.mean) == common.MEAN and teacher.classifier is None
     moco = common.vit_small(img_size=32, depth=12, num_heads=12, pos_embed="sincos")  # MoCo v3's, whose positions tell it
     torch.save({**moco.state_dict(), "pos_embed": moco.pos_embed.roll(192, 2)}, tmp_path / "moco.pth")
-    teacher = rrkd.load_teacher(tmp_path / "moco.pth", filled("--teacher_arch", "vit_small", "--patch_size", 16, "--img_size", 32))
+    teacher = rrkd.load_teacher(tmp_path / "moco.pth", filled("--teacher_arch", "vit_small", "--patch_size", 16, "--img_size", 48))
     assert teacher.backbone.blocks[0].attn.num_heads == 12
+    positions = common.resize_positions(moco.pos_embed.roll(192, 2), (2, 2), (3, 3), as_dino=True)  # other people's, at another size
+    torch.testing.assert_close(teacher.backbone.pos_embed.detach(), positions)
 
 
 def test_what_a_checkpoint_brings_back(teachers):
